@@ -1,0 +1,42 @@
+# make demo and make test do all of their own set-up; a second call starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) $(wildcard *.py)
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make setup   .venv with torch, the compiled library and everything the tests need"
+	@echo "make demo    adapt a frozen ViT to new handwritten digits; results and chart under runs/"
+	@echo "make test    lint, types and the whole test suite"
+	@echo "make check   lint and types only"
+	@echo "make bench   pytest-benchmark on this machine"
+
+setup: $(STAMP)
+
+# torch first and by its pin: anything else that needs it would bring in the newest build.
+$(STAMP): pyproject.toml $(NATIVE_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet "setuptools>=77,<82" wheel ninja
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/fast-prompt demo
+
+test: check
+	$(BIN)/python -m pytest tests
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf build dist runs *.egg-info fast_prompt/_native*.so fast_prompt/_build.json

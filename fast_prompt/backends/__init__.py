@@ -1,0 +1,120 @@
+"""Which backends exist here, which can take a call, and if not, why not.
+
+A backend is a module of this package. Each names the ops it can run as functions, says why it does not exist
+on this machine (``unavailable``) and why it cannot take a call (``refuses``), from static facts alone: device,
+dtypes and widths, so that torch.compile can burn the choice in.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from fast_prompt.backends import cpu, reference, triton
+
+logger = logging.getLogger("fast_prompt")
+
+# In order of preference; the first that can take a call runs it.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot take the call."""
+
+
+class Call(NamedTuple):
+    """The static facts of one call of an op.
+
+    Attributes:
+        device: where the activations are.
+        dtype: the activations' dtype.
+        weight_dtype: the dtype of the method's own tensors (prompts and keys).
+        width: the model's width d.
+        num_prompts: the number of prompts p.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    width: int
+    num_prompts: int
+
+
+# A plain global, not a ContextVar: torch.compile guards on it, and compiles anew when it changes.
+_forced: str | None = os.environ.get("FAST_PROMPT_BACKEND") or None
+
+
+def check_backend_name(name: str) -> str:
+    """Returns ``name`` or raises ValueError with the known names."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend within a ``with`` block; a call it cannot take raises ``BackendError``.
+
+    Like torch's own backend flags it holds for the whole process, every thread included.
+
+    Args:
+        name: ``"cpu"``, ``"triton"`` or ``"reference"``. The environment variable
+            ``FAST_PROMPT_BACKEND``, read when the package is imported, does the same for a whole process.
+    """
+    global _forced
+    before, _forced = _forced, check_backend_name(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def refusals(op: str, call: Call) -> dict[str, str | None]:
+    """For every backend: why it cannot take this call, or None if it can."""
+    return {name: _refusal(name, op, call) for name in BACKENDS}
+
+
+def choose(op: str, call: Call) -> str:
+    """The name of the backend that runs this call."""
+    return _choose(_forced, op, call.device, call.dtype, call.weight_dtype, call.width, call.num_prompts)
+
+
+def _refusal(name: str, op: str, call: Call) -> str | None:
+    backend = BACKENDS[name]
+    if not hasattr(backend, op):
+        return f"has no {op}"
+    return backend.unavailable() or backend.refuses(op, call)
+
+
+@torch.compiler.assume_constant_result
+def _choose(forced: str | None, op: str, *facts: object) -> str:
+    call = Call(*facts)  # type: ignore[arg-type]
+    if forced is not None:
+        if _refusal(check_backend_name(forced), op, call) is not None:
+            raise BackendError(f"backend {forced!r} cannot take this call of {op}:\n{describe(refusals(op, call))}")
+        return forced
+    chosen = next(name for name in BACKENDS if _refusal(name, op, call) is None)
+    if chosen == "reference" and call.dtype != torch.float64:
+        _report_fallback(op, call)
+    return chosen
+
+
+def describe(reasons: dict[str, str | None]) -> str:
+    """One line a backend: its name, and why it cannot take the call or that it can."""
+    return "\n".join(f"  {name:<10} {reason or 'can take this call'}" for name, reason in reasons.items())
+
+
+_reported: set[tuple[object, ...]] = set()
+
+
+def _report_fallback(op: str, call: Call) -> None:
+    """No silent fallback: says once, for each kind of call, that plain PyTorch runs it, and why."""
+    kind = (op, call.device.type, call.dtype)
+    if kind not in _reported:
+        _reported.add(kind)
+        reasons = describe(refusals(op, call))
+        logger.warning("%s runs in plain PyTorch on %s (%s):\n%s", op, call.device.type, call.dtype, reasons)

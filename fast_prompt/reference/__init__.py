@@ -1,0 +1,5 @@
+"""Every op in plain PyTorch: what the backends must reproduce."""
+
+from fast_prompt.reference.prompt_diffusion import prompt_diffusion
+
+__all__ = ["prompt_diffusion"]

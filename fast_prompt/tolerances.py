@@ -1,0 +1,31 @@
+"""The one tolerance table: what `fast-prompt parity` and the tests allow a backend, by dtype.
+
+An error is ``max|a - b| / max|b|`` against the float64 reference on the same, already rounded, inputs.
+float32 leaves room for sums over 1e5 terms; the half types round every stored value once (2**-9 and
+2**-12 of it) and the activations ``R`` once more where tensor cores multiply them.
+"""
+
+import torch
+from torch import Tensor
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``max|actual - expected| / max|expected|`` in float64.
+
+    Infinity where ``actual`` is not finite but ``expected`` is, or the other way round; equal non-finite values count as equal. For empty tensors, or where both are zero, the error is 0.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
+    if expected.numel() == 0:
+        return 0.0
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    finite = b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(1.0), b[~finite].nan_to_num(1.0)) or not a[finite].isfinite().all():
+        return float("inf")
+    difference = (a - b)[finite].abs()
+    if difference.numel() == 0 or difference.max() == 0:
+        return 0.0
+    scale = b[finite].abs().max()
+    return float(difference.max() / scale) if scale > 0 else float("inf")
