@@ -1,0 +1,5 @@
+"""The methods: one config each, saying where in a model it acts and what it adds there."""
+
+from fast_prompt.methods.apt import APTConfig
+
+__all__ = ["APTConfig"]

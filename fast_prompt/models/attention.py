@@ -1,0 +1,218 @@
+"""Attention modules: where they are in a model, and how a diffusion step is put behind their output projection.
+
+X is what the queries are projected from, H the output projection before dropout and residual. Attention modules come
+in two forms. Most take X as their first argument and return H, alone or first in a tuple: what they return is
+replaced. BERT's family gives ``output(O, X)`` the heads' output and X, and projects, drops out and normalises there:
+that module's forward is replaced, since H never leaves it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast_prompt.tuning.adapters import CHILD
+from fast_prompt.tuning.site import is_replaceable
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Paths, within an attention module, of the linear layers around its heads.
+
+    Attributes:
+        query: reads X; also holds keys and values where ``memory`` is empty.
+        memory: the keys' and values' projections.
+        output: gives H.
+    """
+
+    query: str
+    memory: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module to adapt; paths are those of ``nn.Module.get_submodule``.
+
+    Attributes:
+        name: path of the attention module.
+        host: path of the module whose forward is replaced.
+        forward: what replaces it.
+        width: d, the width of X and H.
+        projections: the linear layers, or None where they are not found (the site then cannot be folded).
+        proven: whether the attention's class is one of ``PROVEN``.
+        is_cross: whether keys and values are projected from another sequence than the queries.
+    """
+
+    name: str
+    host: str
+    forward: Callable[..., Any]
+    width: int
+    projections: Projections | None
+    proven: bool
+    is_cross: bool
+
+
+# Classes of transformers whose query projection reads X and whose output projection gives H, as the tests show.
+PROVEN = ("BertAttention", "CLIPAttention", "RobertaAttention", "ViTAttention", "ViltAttention")
+
+LAYOUTS = (
+    Projections("q_proj", ("k_proj", "v_proj"), "o_proj"),
+    Projections("q_proj", ("k_proj", "v_proj"), "out_proj"),
+    Projections("self.query", ("self.key", "self.value"), "output.dense"),
+    Projections("attention.query", ("attention.key", "attention.value"), "output.dense"),
+    Projections("q", ("k", "v"), "o"),
+    Projections("query", ("key", "value"), "out_proj"),
+    Projections("q_lin", ("k_lin", "v_lin"), "out_lin"),
+    Projections("to_q", ("to_k", "to_v"), "to_out.0"),
+    Projections("qkv", (), "proj"),
+    Projections("c_attn", (), "c_proj"),
+    Projections("query_key_value", (), "dense"),
+)
+
+# The output projection's name where the others are not modules, as in nn.MultiheadAttention.
+OUTPUTS = ("out_proj", "o_proj", "proj", "dense")
+
+SOURCES = ("hidden_states", "query", "x")
+
+
+def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an attention module that returns H, alone or first in a tuple."""
+    source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
+    output = type(self).forward(self, *args, **kwargs)
+    adapters = getattr(self, CHILD)
+    if isinstance(output, tuple):
+        return (adapters(output[0], source.to(output[0].device)), *output[1:])
+    return adapters(output, source.to(output.device))
+
+
+def output_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
+    hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
+    return self.dropout(hidden_states)
+
+
+def normed_output_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, residual, LayerNorm."""
+    hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
+    return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
+
+
+# An ``output`` module is known by its children's names.
+OUTPUT_FORWARDS: dict[frozenset[str], Callable[..., Tensor]] = {
+    frozenset({"dense", "dropout"}): output_forward,
+    frozenset({"dense", "dropout", "LayerNorm"}): normed_output_forward,
+}
+
+
+def find_attention_sites(model: nn.Module, target_modules: list[str] | str | None = None) -> list[AttentionSite]:
+    """The attention modules of ``model`` to adapt, in the model's order.
+
+    Args:
+        model: any module; without ``target_modules``, one built of the attentions in ``PROVEN``.
+        target_modules: names of attention modules or their endings, or one regular expression for whole names.
+
+    Raises:
+        ValueError: the architecture is not known, a name fits nothing, or a module named is no attention; the message
+            lists the attention-like modules found.
+    """
+    if target_modules is None:
+        names = [name for name, module in model.named_modules() if type(module).__name__ in PROVEN]
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__}: none of its attentions is known ({', '.join(PROVEN)} are); "
+                f"name them in target_modules. {_attention_like(model)}"
+            )
+    else:
+        names = _match(model, target_modules)
+    return [_site(model, name) for name in names]
+
+
+def _match(model: nn.Module, target_modules: list[str] | str) -> list[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(target_modules, str):
+        matched = [name for name in names if re.fullmatch(target_modules, name)]
+        unmatched = [] if matched else [target_modules]
+    else:
+        endings = [(target, f".{target}") for target in target_modules]
+        matched = [name for name in names if any(name == whole or name.endswith(end) for whole, end in endings)]
+        unmatched = [w for w, end in endings if not any(name == w or name.endswith(end) for name in names)]
+    if unmatched:
+        raise ValueError(
+            f"target_modules: {type(model).__name__} has no module named {', '.join(unmatched)}. {_attention_like(model)}"
+        )
+    # ViLT's attention holds a module that is itself called "attention": the outermost is meant.
+    return [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]
+
+
+def _attention_like(model: nn.Module) -> str:
+    """A sentence that lists the modules with the linear layers of an attention, by class."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if _projections(module) is not None or isinstance(module, nn.MultiheadAttention):
+            found.setdefault(type(module).__name__, []).append(name)
+    if not found:
+        return "No attention-like module was found."
+    listed = (
+        f"{len(names)} {class_name} ({names[0]}{', …' if names[1:] else ''})" for class_name, names in found.items()
+    )
+    return f"Attention-like modules found: {'; '.join(listed)}."
+
+
+def _site(model: nn.Module, name: str) -> AttentionSite:
+    attention = model.get_submodule(name)
+    projections = _projections(attention)
+    output = projections.output if projections else next((o for o in OUTPUTS if _width(_child(attention, o))), None)
+    if output is None:
+        children = ", ".join(child for child, _ in attention.named_children()) or "none"
+        raise ValueError(
+            f"target_modules: {name!r} ({type(attention).__name__}) is no attention: no output projection among its "
+            f"children ({children}). {_attention_like(model)}"
+        )
+    host, forward = _host(attention)
+    path = f"{name}.{host}" if host else name
+    if not is_replaceable(model.get_submodule(path)):
+        raise ValueError(f"{path}: its forward was already replaced by something else; undo that first")
+    return AttentionSite(
+        name=name,
+        host=path,
+        forward=forward,
+        width=_width(_child(attention, output)),
+        projections=projections,
+        proven=type(attention).__name__ in PROVEN,
+        is_cross=getattr(attention, "is_cross_attention", False),
+    )
+
+
+def _host(attention: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """The child whose forward is replaced ("" for the attention itself), and its replacement."""
+    output = _child(attention, "output")
+    children = frozenset(name for name, _ in output.named_children()) if output is not None else frozenset()
+    if children in OUTPUT_FORWARDS:
+        return "output", OUTPUT_FORWARDS[children]
+    return "", attention_forward
+
+
+def _projections(attention: nn.Module) -> Projections | None:
+    """The first layout of which the module has every linear layer."""
+    for layout in LAYOUTS:
+        if all(_width(_child(attention, path)) for path in (layout.query, *layout.memory, layout.output)):
+            return layout
+    return None
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+def _width(linear: nn.Module | None) -> int:
+    """Output width of a linear layer (GPT-2's ``Conv1D`` calls it ``nf``), 0 for anything else."""
+    width = getattr(linear, "out_features", None) or getattr(linear, "nf", None)
+    return width if isinstance(width, int) else 0

@@ -1,0 +1,5 @@
+"""Drop-in modules over the ops. None of them needs ``transformers``."""
+
+from fast_prompt.nn.prompt_diffusion import PromptDiffusion
+
+__all__ = ["PromptDiffusion"]

@@ -1,0 +1,5 @@
+"""Adapters by name inside a model: put in, switched, saved, loaded, folded, taken out."""
+
+from fast_prompt.tuning.model import FastPromptModel, get_fast_prompt_model
+
+__all__ = ["FastPromptModel", "get_fast_prompt_model"]

@@ -1,0 +1,117 @@
+"""Where named adapters live inside a model: at each site, and in place of the modules that train in full."""
+
+import copy
+
+from torch import Tensor, nn
+
+# The child under which a site's host keeps its adapters.
+CHILD = "fast_prompt"
+
+
+class SiteAdapters(nn.ModuleDict):
+    """The adapters of one site by name; ``forward`` runs the active one, or hands ``hidden`` on when none is.
+
+    Attributes:
+        active: name of the adapter in use, or None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None
+
+    def activate(self, name: str | None) -> None:
+        """Use the adapter ``name``; none when it is None or has nothing at this site."""
+        self.active = name if name in self else None
+
+    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
+        """``hidden`` and ``source`` [..., n, d] to [..., n, d]."""
+        if self.active is None:
+            return hidden
+        return self[self.active](hidden, source)
+
+
+class SavedModules(nn.Module):
+    """The modules that adapters train in full: originals and copies, but for the one of each now in its place.
+
+    Each adapter owns a copy of every module it names. The copy in use sits in the module's own place, so that the
+    model's parameter names stay what they were; the others rest here, where ``.to()`` and ``.eval()`` reach them.
+
+    Attributes:
+        resting: the modules not in their place.
+        placed: for each path, the adapter whose copy is in its place, or None for the model's own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resting = nn.ModuleDict()
+        self.placed: dict[str, str | None] = {}
+
+    def add(self, adapter: str, path: str, module: nn.Module) -> None:
+        """Keep ``module`` as the adapter's copy of the one at ``path``."""
+        self.placed.setdefault(path, None)
+        self.resting[_key(adapter, path)] = module
+
+    def remove(self, adapter: str) -> None:
+        """Forget the adapter's copies; none of them may be in its place."""
+        for key in [_key(adapter, path) for path in self.placed]:
+            if key in self.resting:
+                del self.resting[key]
+
+    def of(self, model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+        """The adapter's copies, wherever they are, by the path of their place."""
+        resting = {
+            path: self.resting[_key(adapter, path)] for path in self.placed if _key(adapter, path) in self.resting
+        }
+        return {p: model.get_submodule(p) for p, owner in self.placed.items() if owner == adapter} | resting
+
+    def place(self, model: nn.Module, adapter: str | None) -> None:
+        """Put the adapter's copies in their places, and the model's own modules where it has none."""
+        for path, current in self.placed.items():
+            wanted = adapter if current == adapter or _key(adapter, path) in self.resting else None
+            if wanted != current:
+                self.resting[_key(current, path)] = model.get_submodule(path)
+                model.set_submodule(path, self.resting.pop(_key(wanted, path)))
+                self.placed[path] = wanted
+
+
+def _key(adapter: str | None, path: str) -> str:
+    """A child's name: dots are not allowed, and no adapter's name holds a colon."""
+    return f"{adapter or ''}:{path.replace('.', '/')}"
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` whose floating parameters all train."""
+    duplicate = copy.deepcopy(module)
+    for parameter in duplicate.parameters():
+        parameter.requires_grad_(parameter.dtype.is_floating_point or parameter.dtype.is_complex)
+    return duplicate
+
+
+def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: list[str]) -> list[str]:
+    """Paths of the modules that ``names`` end, outermost ones only.
+
+    Raises:
+        ValueError: a name fits no module, or one that holds an adapted attention or is held by one.
+    """
+    paths: list[str] = []
+    for name in names or []:
+        found = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
+        if not found:
+            raise ValueError(f"modules_to_save: {type(model).__name__} has no module named {name!r}")
+        paths += found
+    outermost = [path for path in dict.fromkeys(paths) if not any(_inside(path, other) for other in paths)]
+    for path in outermost:
+        clash = next((site for site in site_names if site == path or _inside(site, path) or _inside(path, site)), None)
+        if clash is not None:
+            raise ValueError(f"modules_to_save: {path!r} and the adapted attention {clash!r} lie one within the other")
+    return outermost
+
+
+def _inside(path: str, other: str) -> bool:
+    return path.startswith(f"{other}.")
+
+
+def check_adapter_name(name: object) -> None:
+    """A name that can be a child module's: letters, digits, ``_`` and ``-``, and no attribute of ``nn.ModuleDict``."""
+    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum() or hasattr(SiteAdapters, name):
+        raise ValueError(f"adapter_name: expected letters, digits, _ and - (and no method's name), got {name!r}")

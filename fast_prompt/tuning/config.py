@@ -1,0 +1,108 @@
+"""What every method's config shares: its dictionary form and its file."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from typing_extensions import Self
+
+from fast_prompt.tuning.files import read_json, write_atomically
+from fast_prompt.tuning.site import FoldedSite, Site
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+# Beside the method's own settings, the file says which base the adapter was made for.
+BASE_KEYS = ("base_model_class", "base_model_type", "base_model_name_or_path")
+
+CONFIG_CLASSES: dict[str, type["MethodConfig"]] = {}
+
+
+@dataclasses.dataclass(kw_only=True)
+class MethodConfig:
+    """Base of the methods' configs: subclasses are dataclasses that set ``method`` and say how to adapt a model.
+
+    Attributes:
+        target_modules: names of the attention modules to adapt, in place of those known for the architecture: a list
+            of module names or their endings, or one regular expression that must match the whole name.
+        modules_to_save: names (or their endings) of modules to train and save in full, such as ``["classifier"]``.
+    """
+
+    method: ClassVar[str]
+
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        CONFIG_CLASSES[cls.method] = cls
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str) and self.target_modules is not None:
+            self.target_modules = _names("target_modules", self.target_modules)
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+
+    def find_sites(self, model: nn.Module) -> list[Site]:
+        """The places in ``model`` that this config adapts; ValueError when there are none."""
+        raise NotImplementedError
+
+    def build(self, model: nn.Module, site: Site) -> nn.Module:
+        """A newly initialised module for ``site``, on its device."""
+        raise NotImplementedError
+
+    def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite:
+        """``adapter`` merged with the frozen weights around it, for inference; ValueError where that is not exact."""
+        raise ValueError(f"{self.method}: this method cannot be folded into the weights around it")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name under ``"method"``, and every setting."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``adapter_config.json`` into ``save_directory`` (made if missing), replacing an old one at once."""
+        write_atomically({Path(save_directory) / CONFIG_NAME: config_bytes(self.to_dict())})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read the config of an adapter saved in ``directory``.
+
+        Unknown keys (of a later version, or misspelt) are warned about and left out.
+
+        Raises:
+            FileNotFoundError: the directory holds no ``adapter_config.json``.
+            ValueError: the file is not JSON, belongs to another method or library, or holds a bad setting.
+        """
+        path = Path(directory) / CONFIG_NAME
+        return cls.from_dict(read_json(path), origin=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "the config") -> Self:
+        """The config whose ``to_dict`` gave ``values``; ``origin`` names their source in warnings and errors."""
+        config_class = CONFIG_CLASSES.get(str(values.get("method")))
+        if config_class is None or not issubclass(config_class, cls):
+            known = ", ".join(name for name, each in CONFIG_CLASSES.items() if issubclass(each, cls))
+            found = values.get("method") or values.get("peft_type")
+            raise ValueError(f"{origin}: expected a fast_prompt adapter with method {known}, got method {found!r}")
+        fields = {field.name for field in dataclasses.fields(config_class)}
+        unknown = sorted(values.keys() - fields - {"method", *BASE_KEYS})
+        if unknown:
+            warnings.warn(f"{origin}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=3)
+        try:
+            return config_class(**{key: value for key, value in values.items() if key in fields})
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+
+
+def config_bytes(values: dict[str, Any]) -> bytes:
+    """A config's dictionary as the bytes of its file."""
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _names(field: str, value: object) -> list[str]:
+    if not isinstance(value, (list, tuple, set)) or not value or not all(isinstance(v, str) and v for v in value):
+        raise ValueError(f"{field}: expected a list of module names, got {value!r}")
+    return sorted(value) if isinstance(value, set) else list(value)

@@ -1,0 +1,523 @@
+"""``get_fast_prompt_model``, and the methods that an adapted model has beside its own.
+
+The model is not wrapped. Its class becomes a subclass of itself, of the same name, that adds ``FastPromptModel``'s
+methods; so whatever inspects a model (``Trainer`` reads the forward's signature, ``transformers`` finds its output
+recorders by the class's name) sees what it saw before. ``revert()`` gives the class back.
+"""
+
+import functools
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fast_prompt.tuning.adapters import CHILD, SavedModules, SiteAdapters, check_adapter_name
+from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
+from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.site import Site, replace_forward, restore_forward
+from fast_prompt.tuning.state import (
+    AdapterState,
+    Draft,
+    base_in,
+    check_fit,
+    copy_into,
+    describe_base,
+    site_prefix,
+    tensors_of,
+)
+
+# The model's child that keeps modules_to_save out of use.
+SAVED = "fast_prompt_modules"
+
+# ``Trainer`` saves into directories of this name, and takes up training again only from files of that one.
+TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
+TRAINER_WEIGHTS_NAME = "model.safetensors"
+
+
+def get_fast_prompt_model(model: nn.Module, config: MethodConfig, adapter_name: str = "default") -> Any:
+    """Put a new adapter into ``model``, in place, and freeze everything else.
+
+    What trains afterwards is the adapter's own parameters and the modules that ``config.modules_to_save`` names.
+    Unlike a fresh head in ``transformers``, nothing trains that is not asked for.
+
+    Args:
+        model: a ``transformers`` model, or any module whose attentions ``config.target_modules`` names.
+        config: a method's settings, such as ``fast_prompt.APTConfig()``.
+        adapter_name: letters, digits, ``_`` and ``-``.
+
+    Returns:
+        ``model`` itself, which now has the methods of ``FastPromptModel``; ``revert()`` undoes everything.
+
+    Raises:
+        TypeError: ``model`` or ``config`` is something else.
+        ValueError: the model has adapters already, or the config does not fit it. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, MethodConfig):
+        raise TypeError(f"config: expected a method's config such as APTConfig, got {type(config).__name__}")
+    return _adapt(model, _draft(model, config, adapter_name), adapter_name)
+
+
+def _draft(model: nn.Module, config: MethodConfig, adapter_name: str) -> Draft:
+    if isinstance(model, FastPromptModel):
+        raise ValueError(f"model: it has adapters already ({', '.join(model.adapter_configs)}); use add_adapter")
+    check_adapter_name(adapter_name)
+    return Draft.build(model, config)
+
+
+def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
+    """Make ``model`` a FastPromptModel whose first and active adapter is ``draft``."""
+    state = AdapterState(
+        requires_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        training={name: module.training for name, module in model.named_modules()},
+        active=adapter_name,
+    )
+    model.__class__ = _adapted_class(type(model))
+    assert isinstance(model, FastPromptModel)
+    model._fast_prompt = state
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model._attach(adapter_name, draft)
+    model.set_adapter(adapter_name)
+    return model
+
+
+@functools.cache
+def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``base`` with its name, and with ``FastPromptModel``'s methods before its own."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (FastPromptModel, base), {**names, "_fast_prompt_base_class": base})
+
+
+class FastPromptModel(nn.Module):
+    """The methods that ``get_fast_prompt_model`` adds to a model; not made by calling it.
+
+    Attributes:
+        adapter_configs: each adapter's config, by the adapter's name.
+        active_adapter: name of the adapter in use (while adapters are not disabled).
+        active_adapters: the same name in a list, as PEFT has it.
+        targeted_module_names: paths of the attention modules that the active adapter adapts.
+        is_folded: whether ``fold()`` is in effect.
+    """
+
+    _fast_prompt: AdapterState
+    _fast_prompt_base_class: type[nn.Module]
+
+    @property
+    def adapter_configs(self) -> dict[str, MethodConfig]:
+        """Each adapter's config, by the adapter's name."""
+        return self._fast_prompt.configs
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter in use."""
+        return self._fast_prompt.active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Name of the adapter in use, in a list."""
+        return [self._fast_prompt.active]
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that the active adapter adapts."""
+        return [site.name for site in self._fast_prompt.sites[self._fast_prompt.active]]
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether ``fold()`` is in effect."""
+        return bool(self._fast_prompt.folded)
+
+    # Adapters by name
+
+    def add_adapter(self, adapter_name: str, config: MethodConfig) -> None:
+        """Add a new adapter beside the others, without using it yet (``set_adapter`` does).
+
+        Raises:
+            ValueError: the name is taken, or the config does not fit the model, which is then unchanged.
+            RuntimeError: the model is folded.
+        """
+        self._refuse_while_folded("add an adapter")
+        if not isinstance(config, MethodConfig):
+            raise TypeError(f"config: expected a method's config such as APTConfig, got {type(config).__name__}")
+        self._attach(adapter_name, self._new_draft(adapter_name, config))
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Use the adapter ``adapter_name`` and let it train; the others rest, frozen.
+
+        Raises:
+            ValueError: there is no such adapter.
+            RuntimeError: the model is folded.
+        """
+        self._refuse_while_folded("switch adapters")
+        self._check_known(adapter_name)
+        self._fast_prompt.active = adapter_name
+        for name in self._fast_prompt.configs:
+            for module in self._parts(name).values():
+                module.requires_grad_(name == adapter_name)
+        self._use_active()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its parameters.
+
+        Raises:
+            ValueError: there is no such adapter, or it is the one in use.
+            RuntimeError: the model is folded.
+        """
+        self._refuse_while_folded("delete an adapter")
+        self._check_known(adapter_name)
+        if adapter_name == self._fast_prompt.active:
+            raise ValueError(f"adapter_name: {adapter_name!r} is in use; set another adapter first, or revert()")
+        self._detach(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model computes what it did before any adapter, its own heads included.
+
+        Raises:
+            RuntimeError: the model is folded.
+        """
+        self._refuse_while_folded("disable the adapter")
+        enabled = self._fast_prompt.enabled
+        self._fast_prompt.enabled = False
+        self._use_active()
+        try:
+            yield
+        finally:
+            self._fast_prompt.enabled = enabled
+            self._use_active()
+
+    def revert(self) -> nn.Module:
+        """Take every adapter out and give the model back as it was, bit for bit: class, weights, flags, modes.
+
+        Returns:
+            the model itself, no longer a FastPromptModel.
+        """
+        self.unfold()
+        state = self._fast_prompt
+        state.enabled = False
+        self._use_active()
+        for name in list(state.configs):
+            self._detach(name)
+        if hasattr(self, SAVED):
+            delattr(self, SAVED)
+        del self._fast_prompt
+        self.__class__ = self._fast_prompt_base_class  # type: ignore[assignment]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(state.requires_grad[name])
+        for name, module in self.named_modules():
+            module.training = state.training[name]
+        return self
+
+    # Counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of elements of the parameters that train, and of all parameters."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(number for number, trains in counts if trains), sum(number for number, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, how many there are, and the share, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / max(total, 1)
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    # Saving and loading
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, replaced whole or not at all.
+
+        The adapter in use goes into ``save_directory`` itself, any other into a subdirectory of its name. An adapter's
+        file holds its whole trainable state, modules_to_save included, and nothing of the base. In a directory named
+        as ``Trainer`` names its checkpoints, the file is also linked as ``model.safetensors``, the only name from
+        which ``Trainer`` resumes.
+
+        Args:
+            save_directory: made if missing.
+            is_main_process: nothing is written when False.
+            state_dict: the model's state, where it must be gathered first; the model's own by default.
+            selected_adapters: names of the adapters to save; all by default. The one in use, or else the first, goes
+                into ``save_directory`` itself.
+            kwargs: accepted for ``transformers``' sake and ignored.
+        """
+        names = list(self._fast_prompt.configs) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            self._check_known(name)
+        if not is_main_process or not names:
+            return
+        root, directory = (self.active_adapter if self.active_adapter in names else names[0]), Path(save_directory)
+        for name in names:
+            target = directory if name == root else directory / name
+            values = self._fast_prompt.configs[name].to_dict() | describe_base(self._base_class(), self._config())
+            tensors = tensors_of(self._parts(name)) if state_dict is None else self._gathered(name, state_dict)
+            write_atomically({target / WEIGHTS_NAME: tensor_bytes(tensors), target / CONFIG_NAME: config_bytes(values)})
+        if TRAINER_CHECKPOINT.fullmatch(directory.name):
+            _link(directory / WEIGHTS_NAME, directory / TRAINER_WEIGHTS_NAME)
+
+    @staticmethod
+    def from_pretrained(
+        model: nn.Module,
+        directory: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+    ) -> Any:
+        """Put an adapter saved by ``save_pretrained`` into a fresh base model, in place, and use it.
+
+        Args:
+            model: the base that the adapter was made for, with its own weights loaded.
+            directory: what was given to ``save_pretrained``.
+            adapter_name: letters, digits, ``_`` and ``-``.
+            is_trainable: whether it shall train on; frozen by default, as in PEFT.
+
+        Returns:
+            ``model`` itself, with the methods of ``FastPromptModel``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is broken or foreign, or does not fit the model. The model is then unchanged.
+        """
+        config, made_for = _read_config(Path(directory))
+        draft = _draft(model, config, adapter_name)
+        _load_into(draft.parts(), Path(directory), made_for)
+        adapted = _adapt(model, draft, adapter_name)
+        if not is_trainable:
+            adapted.requires_grad_(False)
+        return adapted
+
+    def load_adapter(
+        self, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
+    ) -> None:
+        """Load a saved adapter as ``adapter_name``: a new one, or new values for one that has the same settings.
+
+        Args:
+            directory: what was given to ``save_pretrained``.
+            adapter_name: ``set_adapter`` of this name puts a new one to use.
+            is_trainable: whether it shall train if it is the one in use.
+            kwargs: accepted for PEFT's sake and ignored.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is broken or foreign, or does not fit the model. The model is then unchanged.
+            RuntimeError: the model is folded.
+        """
+        self._refuse_while_folded("load an adapter")
+        config, made_for = _read_config(Path(directory))
+        if adapter_name in self._fast_prompt.configs:
+            _check_same(self._fast_prompt.configs[adapter_name], config, adapter_name, Path(directory))
+            _load_into(self._parts(adapter_name), Path(directory), made_for)
+        else:
+            draft = self._new_draft(adapter_name, config)
+            _load_into(draft.parts(), Path(directory), made_for)
+            self._attach(adapter_name, draft)
+        for module in self._parts(adapter_name).values():
+            module.requires_grad_(is_trainable and adapter_name == self.active_adapter)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``; the contents of an adapter's file go to the adapter in use.
+
+        The latter is what ``Trainer`` does with its checkpoints.
+        """
+        self._refuse_while_folded("load weights")
+        parts = self._parts(self.active_adapter)
+        if state_dict.keys() != tensors_of(parts).keys():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        check_fit(parts, dict(state_dict), "state_dict", self._base_class().__name__)
+        copy_into(parts, dict(state_dict))
+        return nn.Module().load_state_dict({})
+
+    # Folding
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; RuntimeError when the model is folded and ``mode`` is True."""
+        if mode and hasattr(self, "_fast_prompt"):
+            self._refuse_while_folded("train")
+        return super().train(mode)
+
+    def fold(self) -> Self:
+        """Merge the adapter in use with the frozen weights around it, for inference; ``unfold()`` undoes it exactly.
+
+        The prompts' scores become more columns of the query, key and value projections, and the diffusion more
+        rows of the output projection. The frozen weights stay in memory, untouched.
+
+        Returns:
+            the model itself.
+
+        Raises:
+            RuntimeError: the model is in training mode, or its adapters are disabled.
+            ValueError: an attention cannot be folded exactly; the message says which and why. Nothing has changed then.
+        """
+        if self.is_folded:
+            return self
+        if any(module.training for module in self.modules()):
+            raise RuntimeError("fold: folding is for inference; call model.eval() first")
+        state = self._fast_prompt
+        if not state.enabled:
+            raise RuntimeError("fold: the adapters are disabled here")
+        config, name = state.configs[state.active], state.active
+        folded = [(site, config.fold(self, site, self._adapters(site)[name])) for site in state.sites[name]]
+        for site, merged in folded:
+            self._adapters(site).folded = merged.module
+            for path, forward in merged.forwards.items():
+                replace_forward(self.get_submodule(path), forward)
+                state.folded.append(path)
+            restore_forward(self.get_submodule(site.host))
+        return self
+
+    def unfold(self) -> Self:
+        """Undo ``fold()``; nothing happens when the model is not folded."""
+        state = self._fast_prompt
+        for path in state.folded:
+            restore_forward(self.get_submodule(path))
+        if state.folded:
+            for site in state.sites[state.active]:
+                del self._adapters(site).folded
+                self._replace_host(site)
+        state.folded = []
+        return self
+
+    # Within
+
+    def _attach(self, name: str, draft: Draft) -> None:
+        """Put a checked draft into the model, frozen and not in use."""
+        state = self._fast_prompt
+        for site, module in draft.sites:
+            host = self.get_submodule(site.host)
+            if not hasattr(host, CHILD):
+                setattr(host, CHILD, SiteAdapters())
+                self._replace_host(site)
+            module.train(host.training).requires_grad_(False)
+            self._adapters(site)[name] = module
+        if draft.saved and not hasattr(self, SAVED):
+            setattr(self, SAVED, SavedModules())
+        for path, module in draft.saved.items():
+            self._saved().add(name, path, module.requires_grad_(False))
+        state.configs[name] = draft.config
+        state.sites[name] = [site for site, _ in draft.sites]
+
+    def _detach(self, name: str) -> None:
+        """Remove an adapter that is not in use, and what it leaves empty."""
+        state = self._fast_prompt
+        for site in state.sites.pop(name):
+            del self._adapters(site)[name]
+            if not self._adapters(site):
+                host = self.get_submodule(site.host)
+                delattr(host, CHILD)
+                restore_forward(host)
+        if hasattr(self, SAVED):
+            self._saved().remove(name)
+        del state.configs[name]
+
+    def _use_active(self) -> None:
+        """Let sites and modules in place follow the state."""
+        state = self._fast_prompt
+        active = state.active if state.enabled else None
+        for site in {site.host: site for sites in state.sites.values() for site in sites}.values():
+            self._adapters(site).activate(active)
+        if hasattr(self, SAVED):
+            self._saved().place(self, active)
+
+    def _new_draft(self, name: str, config: MethodConfig) -> Draft:
+        """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""
+        check_adapter_name(name)
+        if name in self._fast_prompt.configs:
+            raise ValueError(f"adapter_name: {name!r} exists already")
+        with self.disable_adapter():
+            return Draft.build(self, config)
+
+    def _parts(self, name: str) -> dict[str, nn.Module]:
+        """Every module of an adapter, under the prefix of its tensors' names in a file."""
+        parts = {site_prefix(site): self._adapters(site)[name] for site in self._fast_prompt.sites[name]}
+        if hasattr(self, SAVED):
+            parts |= self._saved().of(self, name)
+        return parts
+
+    def _gathered(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's tensors out of a whole model's state, named as in its file."""
+        paths = {module: path for path, module in self.named_modules()}
+        parts = self._parts(name).items()
+        return {
+            f"{prefix}.{key}": state_dict[f"{paths[module]}.{key}"]
+            for prefix, module in parts
+            for key in module.state_dict()
+        }
+
+    def _replace_host(self, site: Site) -> None:
+        host = self.get_submodule(site.host)
+        replace_forward(host, MethodType(site.forward, host))
+
+    def _adapters(self, site: Site) -> SiteAdapters:
+        adapters = getattr(self.get_submodule(site.host), CHILD)
+        assert isinstance(adapters, SiteAdapters)
+        return adapters
+
+    def _saved(self) -> SavedModules:
+        saved = getattr(self, SAVED)
+        assert isinstance(saved, SavedModules)
+        return saved
+
+    def _base_class(self) -> type[nn.Module]:
+        return self._fast_prompt_base_class
+
+    def _config(self) -> object:
+        return getattr(self, "config", None)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._fast_prompt.configs:
+            raise ValueError(f"adapter_name: expected one of {', '.join(self._fast_prompt.configs)}, got {name!r}")
+
+    def _refuse_while_folded(self, action: str) -> None:
+        if self.is_folded:
+            raise RuntimeError(f"the model is folded, for inference only: call unfold() before you {action}")
+
+
+def _read_config(directory: Path) -> tuple[MethodConfig, str]:
+    """The config in ``directory``, and the base it was made for."""
+    path = directory / CONFIG_NAME
+    values = read_json(path)
+    return MethodConfig.from_dict(values, origin=str(path)), base_in(values, path)
+
+
+def _load_into(parts: dict[str, nn.Module], directory: Path, made_for: str) -> None:
+    """Read the weights in ``directory``, check them, and only then copy them into ``parts``."""
+    path = directory / WEIGHTS_NAME
+    tensors = read_tensors(path)
+    check_fit(parts, tensors, str(path), made_for)
+    copy_into(parts, tensors)
+
+
+def _check_same(here: MethodConfig, there: MethodConfig, name: str, directory: Path) -> None:
+    ours, theirs = here.to_dict(), there.to_dict()
+    different = [
+        f"{key} {ours.get(key)!r} here, {theirs[key]!r} there" for key in theirs if ours.get(key) != theirs[key]
+    ]
+    if different:
+        raise ValueError(
+            f"adapter_name: {name!r} exists with other settings than those in {directory} ({'; '.join(different)}); "
+            "load it under another name"
+        )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give ``source`` a second name; a copy where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)

@@ -1,0 +1,127 @@
+"""What an adapted model remembers, and an adapter that is not yet part of one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fast_prompt.tuning.adapters import CHILD, find_saved_modules, trainable_copy
+from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.site import Site
+
+# Names listed in full before an error says how many more there are.
+LISTED = 4
+
+
+@dataclass
+class AdapterState:
+    """The book-keeping of an adapted model; holds names and settings, never modules or tensors of its own.
+
+    Attributes:
+        requires_grad: each parameter's flag before the first adapter came, by name.
+        training: each module's mode before the first adapter came, by name.
+        configs: each adapter's config, by name.
+        sites: each adapter's sites, by name.
+        active: the adapter in use while adapters are enabled.
+        enabled: False inside ``disable_adapter()``.
+        folded: the paths whose forward is replaced while the model is folded; empty otherwise.
+    """
+
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+    active: str
+    configs: dict[str, MethodConfig] = field(default_factory=dict)
+    sites: dict[str, list[Site]] = field(default_factory=dict)
+    enabled: bool = True
+    folded: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Draft:
+    """A new adapter, built for a model and checked against it, that is not in the model yet.
+
+    Attributes:
+        config: its settings.
+        sites: where its modules go, with the modules.
+        saved: paths of the modules that train in full, with their copies.
+    """
+
+    config: MethodConfig
+    sites: list[tuple[Site, nn.Module]]
+    saved: dict[str, nn.Module]
+
+    @classmethod
+    def build(cls, model: nn.Module, config: MethodConfig) -> "Draft":
+        """Build what ``config`` asks for; ValueError if it does not fit the model, which is left as it was."""
+        sites = config.find_sites(model)
+        paths = find_saved_modules(model, config.modules_to_save, [site.name for site in sites])
+        saved = {path: trainable_copy(model.get_submodule(path)) for path in paths}
+        return cls(config, [(site, config.build(model, site)) for site in sites], saved)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Every module of the adapter, under the prefix of its tensors' names in a file."""
+        return {site_prefix(site): module for site, module in self.sites} | self.saved
+
+
+def site_prefix(site: Site) -> str:
+    """What a site's tensors are named by in an adapter's file: the name does not hold the adapter's."""
+    return f"{site.name}.{CHILD}"
+
+
+def tensors_of(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of an adapter's parts, named as in its file."""
+    return {
+        f"{prefix}.{name}": value for prefix, module in parts.items() for name, value in module.state_dict().items()
+    }
+
+
+def check_fit(parts: dict[str, nn.Module], tensors: dict[str, Tensor], origin: str, made_for: str) -> None:
+    """Raise a ValueError that names what differs unless ``tensors`` has exactly the names and shapes of ``parts``.
+
+    Args:
+        parts: the modules to load into.
+        tensors: a file's contents.
+        origin: the file's name.
+        made_for: the base model that the file says it was made for.
+    """
+    expected = tensors_of(parts)
+    shapes = [
+        f"{name} {list(tensors[name].shape)} in the file, {list(value.shape)} here"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems = {
+        "missing from the file": [name for name in expected if name not in tensors],
+        "not in this model": [name for name in tensors if name not in expected],
+        "of another shape": shapes,
+    }
+    found = [f"{problem}: {_listing(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{origin}: the adapter (made for {made_for}) does not fit this model; {'; '.join(found)}")
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def copy_into(parts: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """Copy checked ``tensors`` into the modules' own, in place, so that optimizers keep their parameters."""
+    with torch.no_grad():
+        for name, value in tensors_of(parts).items():
+            value.copy_(tensors[name])
+
+
+def describe_base(model_class: type, config: object) -> dict[str, str | None]:
+    """What an adapter's config file says of its base."""
+    return {
+        "base_model_class": model_class.__name__,
+        "base_model_type": getattr(config, "model_type", None),
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+    }
+
+
+def base_in(values: dict[str, object], path: Path) -> str:
+    """The base named in an adapter's config file."""
+    return str(values.get("base_model_class") or f"a base that {path} does not name")
