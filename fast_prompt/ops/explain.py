@@ -25,7 +25,8 @@ class Explanation:
     reasons: dict[str, str | None]
 
     def __str__(self) -> str:
-        return f"{self.op} runs on: {self.chosen or 'nothing (the forced backend cannot take it)'}\n{describe(self.reasons)}"
+        chosen = self.chosen or "nothing: the forced backend cannot take it"
+        return f"{self.op} runs on {chosen}\n{describe(self.reasons)}"
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

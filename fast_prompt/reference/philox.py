@@ -47,7 +47,14 @@ def dropout_threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), _MASK)
 
 
+# An op of its own, since Inductor would inline the ten rounds into one another without end.
+@torch.library.custom_op("fast_prompt::dropout_mask", mutates_args=())
 def dropout_mask(seed: Tensor, rows: int, columns: int, dropout_p: float, device: torch.device) -> Tensor:
     """Boolean [rows, columns]: True where an element is kept; element (i, j) has counter ``i * columns + j``."""
     index = torch.arange(rows * columns, dtype=torch.int64, device=device).view(rows, columns)
     return philox(seed.to(device), index) >= dropout_threshold(dropout_p)
+
+
+@dropout_mask.register_fake
+def _(seed: Tensor, rows: int, columns: int, dropout_p: float, device: torch.device) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.bool, device=device)
