@@ -1,0 +1,121 @@
+"""Who runs against whom in ``prompt_diffusion``: three eager forms, torch.compile, and every backend."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast_prompt import ops, reference
+from fast_prompt.bench.contender import Contender, ours
+from fast_prompt.parity import Problem
+from fast_prompt.parity.prompt_diffusion import draw
+
+SHAPE_KEYS = ("B", "n", "d", "p")
+DEFAULT_SHAPES = tuple({"B": 8, "n": 237, "d": 768, "p": p} for p in (4, 16, 64, 200))
+PARAMETERS = ("prompts", "keys", "log_scale")
+
+
+def problem(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Problem:
+    """Arguments of this shape, every gradient wanted."""
+    drawn = draw((shape["B"], shape["n"]), shape["d"], shape["p"], dtype, dtype)
+    tensors = {name: tensor.to(device) for name, tensor in drawn.tensors.items()}
+    return Problem(tensors, drawn.grad.to(device), drawn.options, drawn.trained)
+
+
+def products(shape: dict[str, int]) -> list[tuple[int, int, int]]:
+    """(m, k, n) of its matrix products: the scores, and the diffusion."""
+    rows, width, num_prompts = shape["B"] * shape["n"], shape["d"], shape["p"]
+    return [(rows, width, num_prompts), (rows, num_prompts, width)]
+
+
+def flops(shape: dict[str, int], backward: bool) -> int:
+    """Two products of 2·M·p·d forward, and four backward: dR, dX, dP, dK. Recomputing the scores is not counted."""
+    return (12 if backward else 4) * shape["B"] * shape["n"] * shape["d"] * shape["p"]
+
+
+def traffic(shape: dict[str, int], dtype: torch.dtype, backward: bool) -> int:
+    """Bytes that must be read and written once: hidden, source, output; then gradient, both again, two gradients."""
+    activations, weights = shape["B"] * shape["n"] * shape["d"], shape["p"] * shape["d"]
+    return dtype.itemsize * ((8 * activations + 6 * weights) if backward else (3 * activations + 2 * weights))
+
+
+def contenders(shape: dict[str, int], dtype: torch.dtype, device: torch.device, backward: bool) -> list[Contender]:
+    """Baselines first. Every function takes hidden, source, prompts, keys, log_scale and the op's options."""
+    eager = EAGER_WITH_BACKWARD if backward else EAGER_FORWARD
+    if dtype != torch.float32:
+        eager = eager | {f"{name}_in_fp32": in_float32(function) for name, function in eager.items()}
+    forms = {"reference": reference.prompt_diffusion, **eager}
+    return [
+        *(Contender(name, "baseline", function) for name, function in forms.items()),
+        *(Contender(name, "baseline", torch.compile(form, dynamic=False)) for name, form in COMPILED.items()),
+        *ours(ops.prompt_diffusion, problem(shape | {"B": 1, "n": 1}, dtype, device)),
+    ]
+
+
+def eager_in_place(
+    hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, **options: Any
+) -> Tensor:
+    """The fastest forward by hand: one [M, p] buffer changed in place, the scale folded into the last product."""
+    rows = source.flatten(0, -2)
+    diffusion = torch.mm(rows, keys.t()).relu_()
+    diffusion.mul_(diffusion.amax(-1, keepdim=True))
+    scale = float(log_scale.exp())
+    return torch.addmm(hidden.flatten(0, -2), diffusion, prompts, beta=scale, alpha=scale).view(hidden.shape)
+
+
+def eager_prescaled(
+    hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, **options: Any
+) -> Tensor:
+    """For autograd: the row weight goes into ``R`` [M, p] instead of ``R P`` [M, d], then one addmm."""
+    diffusion = torch.relu(source.flatten(0, -2) @ keys.t())
+    weight = diffusion.detach().amax(-1, keepdim=True)
+    output = torch.addmm(hidden.flatten(0, -2), diffusion * weight, prompts)
+    return (output * log_scale.exp().to(output.dtype)).view(hidden.shape)
+
+
+class _HandWritten(torch.autograd.Function):
+    """The fastest backward by hand: the scale inside every product, three [M, p] buffers, no [M, d] one but results."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor) -> Tensor:
+        diffusion = torch.mm(source, keys.t()).relu_()
+        weight = diffusion.amax(-1, keepdim=True)
+        scale = float(log_scale.exp())
+        output = torch.addmm(hidden, diffusion * weight, prompts, beta=scale, alpha=scale)
+        ctx.save_for_backward(source, prompts, keys, diffusion, weight, output)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        source, prompts, keys, diffusion, weight, output = ctx.saved_tensors
+        grad = grads[0] * ctx.scale
+        grad_scores = torch.mm(grad, prompts.t()).mul_(weight)
+        grad_prompts = torch.mm((diffusion * weight).t(), grad)
+        grad_scores = torch.ops.aten.threshold_backward(grad_scores, diffusion, 0)
+        grad_scale = torch.dot(grads[0].flatten(), output.flatten())
+        return grad, grad_scores @ keys, grad_prompts, grad_scores.t() @ source, grad_scale
+
+
+def eager_function(
+    hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, **options: Any
+) -> Tensor:
+    """``_HandWritten`` on [..., n, d]."""
+    output = _HandWritten.apply(hidden.flatten(0, -2), source.flatten(0, -2), prompts, keys, log_scale)
+    return output.view(hidden.shape)
+
+
+def in_float32(function: Any) -> Any:
+    """The same form on float32 copies: faster where the processor multiplies half types slowly."""
+
+    @functools.wraps(function)
+    def widened(hidden: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+        return function(hidden.float(), *(tensor.float() for tensor in tensors), **options).to(hidden.dtype)
+
+    return widened
+
+
+EAGER_FORWARD = {"eager_in_place": eager_in_place}
+EAGER_WITH_BACKWARD = {"eager_prescaled": eager_prescaled, "eager_function": eager_function}
+COMPILED = {"compiled_reference": reference.prompt_diffusion, "compiled_eager": eager_prescaled}

@@ -1,0 +1,202 @@
+"""Runs a benchmark; knows nothing of any particular op."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fast_prompt import reference
+from fast_prompt.bench import machine, prompt_diffusion
+from fast_prompt.bench.contender import Contender
+from fast_prompt.bench.memory import saved_bytes
+from fast_prompt.bench.probes import Rates, probes, rates
+from fast_prompt.bench.timing import Timing, interleave, stopwatch_for
+from fast_prompt.parity import DTYPES, Problem, compare, evaluate
+from fast_prompt.tolerances import TOLERANCES
+
+# Each module has SHAPE_KEYS, DEFAULT_SHAPES, PARAMETERS, and problem, products, flops, traffic, contenders.
+OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion}
+PASSES = ("fwd", "fwdbwd")
+
+Shape = Mapping[str, int]
+Progress = Callable[[range], Iterator[int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape, dtype and pass.
+
+    Attributes:
+        ms: median milliseconds a call; spread: interquartile range over it.
+        speedup: the best baseline's ms over this one's; None when parity fails.
+        floor_ms: what the machine's best measured rates would allow.
+        gemm_share: the rate reached over the machine's best matrix product.
+        saved_bytes: what is kept for the backward besides parameters; None for a forward alone.
+        failure: which results are too far from float64; empty when none is.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    pass_name: str
+    contender: str
+    kind: str
+    ms: float
+    spread: float
+    speedup: float | None
+    floor_ms: float
+    gemm_share: float
+    saved_bytes: int | None
+    failure: str = ""
+
+    def as_json(self, with_saved_bytes: bool = False) -> dict[str, Any]:
+        """The row under its documented keys."""
+        row = asdict(self)
+        row["pass"] = row.pop("pass_name")
+        keys = ("op", "shape", "dtype", "pass", "contender", "kind", "ms", "spread", "speedup", "floor_ms")
+        return {key: row[key] for key in keys + ("saved_bytes",) * with_saved_bytes}
+
+
+@dataclass
+class Report:
+    """All rows, and the machine they hold for."""
+
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Row]:
+        """Our contenders that do not compute the op."""
+        return [row for row in self.rows if row.kind == "ours" and row.failure]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one group of contenders computes."""
+
+    op: str
+    shape: Shape
+    dtype: str
+    pass_name: str
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are computed too."""
+        return self.pass_name == "fwdbwd"
+
+    def __str__(self) -> str:
+        return f"{self.op} {format_shape(self.shape)} {self.dtype} {self.pass_name}"
+
+
+def format_shape(shape: Shape) -> str:
+    """``B=8,n=237,d=768,p=200``."""
+    return ",".join(f"{key}={size}" for key, size in shape.items())
+
+
+def run(
+    op: str,
+    shapes: Sequence[Shape],
+    dtypes: Sequence[str],
+    passes: Sequence[str],
+    device: torch.device,
+    rounds: int,
+    progress: Callable[[Setting], Progress] = lambda setting: iter,
+) -> Report:
+    """Times every contender of an op, in turn, at every shape, dtype and pass.
+
+    Args:
+        op: a key of ``OPS``.
+        shapes: sizes by the op's ``SHAPE_KEYS``.
+        dtypes: keys of ``fast_prompt.parity.DTYPES``.
+        passes: of ``PASSES``.
+        device: where to run.
+        rounds: samples of each contender.
+        progress: for each setting, what wraps the range of its rounds.
+    """
+    report = Report(machine.describe(device) | {"rounds": rounds, "gemm_gflops": {}, "copy_gib_s": 0.0})
+    settings = [Setting(op, shape, dtype, name) for shape in shapes for dtype in dtypes for name in passes]
+    for setting in settings:
+        rows, best = measure(setting, device, rounds, progress(setting))
+        report.rows += rows
+        products = report.machine["gemm_gflops"]
+        products[setting.dtype] = max(products.get(setting.dtype, 0.0), best.flops / 1e9)
+        report.machine["copy_gib_s"] = max(report.machine["copy_gib_s"], best.bytes / 2**30)
+    return report
+
+
+def measure(setting: Setting, device: torch.device, rounds: int, progress: Progress = iter) -> tuple[list[Row], Rates]:
+    """Checks, then times, all contenders of one setting; returns their rows and the machine's best rates."""
+    torch._dynamo.reset()  # a shape is compiled for itself, as if it were the only one
+    op, dtype = OPS[setting.op], DTYPES[setting.dtype]
+    problem = op.problem(setting.shape, dtype, device)
+    expected = evaluate(getattr(reference, setting.op), problem.double(), setting.backward)
+    contenders = op.contenders(setting.shape, dtype, device, setting.backward)
+    failures = {entry.name: _failure(entry, problem, expected, setting) for entry in contenders}
+    probed = probes(dtype, device, op.products(setting.shape))
+    calls = {entry.name: call(entry, problem, setting.backward) for entry in contenders}
+    functions = calls | {name: probe.function for name, probe in probed.items()}
+    timings = interleave(functions, stopwatch_for(device), rounds, progress)
+    best = rates(probed, timings)
+    saved = {entry.name: saved_bytes(entry.function, problem, op.PARAMETERS) for entry in contenders * setting.backward}
+    return _rows(setting, contenders, timings, failures, best, saved), best
+
+
+def call(contender: Contender, problem: Problem, backward: bool) -> Callable[[], object]:
+    """One pass of a contender over a problem, with nothing else in it."""
+    if not backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return contender.function(*problem.tensors.values(), **problem.options)
+
+        return forward
+    leaves = problem.leaves()
+    trained = [leaves[name] for name in problem.trained]
+
+    def forward_and_backward() -> object:
+        output = contender.function(*leaves.values(), **problem.options)
+        return torch.autograd.grad(output, trained, problem.grad)
+
+    return forward_and_backward
+
+
+def _failure(contender: Contender, problem: Problem, expected: dict[str, torch.Tensor], setting: Setting) -> str:
+    """The results outside the tolerance, with their errors; empty if there are none."""
+    errors = compare(evaluate(contender.function, problem, setting.backward), expected)
+    tolerance = TOLERANCES[DTYPES[setting.dtype]]
+    return ", ".join(f"{name} {error:.1e} > {tolerance:.1e}" for name, error in errors.items() if error > tolerance)
+
+
+def _rows(
+    setting: Setting,
+    contenders: Sequence[Contender],
+    timings: Mapping[str, Timing],
+    failures: Mapping[str, str],
+    best: Rates,
+    saved: Mapping[str, int],
+) -> list[Row]:
+    """Baselines that fail parity stay in the race (to drop the fastest would flatter us) but get no speed-up."""
+    op = OPS[setting.op]
+    flops = op.flops(setting.shape, setting.backward)
+    floor = best.floor(flops, op.traffic(setting.shape, DTYPES[setting.dtype], setting.backward))
+    best_baseline = min(timings[entry.name].median for entry in contenders if entry.kind == "baseline")
+    return [
+        Row(
+            op=setting.op,
+            shape=format_shape(setting.shape),
+            dtype=setting.dtype,
+            pass_name=setting.pass_name,
+            contender=entry.name,
+            kind=entry.kind,
+            ms=timings[entry.name].median * 1e3,
+            spread=timings[entry.name].spread,
+            speedup=None if failures[entry.name] else best_baseline / timings[entry.name].median,
+            floor_ms=floor * 1e3,
+            gemm_share=flops / timings[entry.name].median / best.flops,
+            saved_bytes=saved.get(entry.name),
+            failure=failures[entry.name],
+        )
+        for entry in contenders
+    ]

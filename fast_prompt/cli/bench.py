@@ -1,0 +1,135 @@
+"""``fast-prompt bench``: every backend against the best of eager and torch.compile, in one run."""
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fast_prompt import bench
+from fast_prompt.cli.output import emit_json, emit_table, note
+from fast_prompt.parity import DTYPES
+
+EXAMPLES = """\
+examples:
+  fast-prompt bench --op prompt_diffusion
+  fast-prompt bench --op prompt_diffusion --shape B=8,n=237,d=768,p=200 --dtype bf16 --pass fwd
+  fast-prompt bench --op prompt_diffusion --shape B=1,n=50,d=512,p=16 --shape B=1,n=50,d=512,p=64 --json
+
+All contenders run in turn, round by round. speedup is the best baseline's median over this one's; no speed-up is
+given, and the exit code is 1, where a backend's results are not within the tolerance at that very shape. floor is
+FLOPs over the best matrix product, or bytes over the best copy, measured in the same rounds.
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
+    """Adds the command's arguments."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time every backend against the best of eager and torch.compile",
+        description="Times an op: plain PyTorch, the best eager forms, torch.compile and every backend, interleaved.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--op", choices=list(bench.OPS), required=True, help="what to time")
+    add("--shape", type=_shape, action="append", metavar="K=V,...", help="such as B=8,n=237,d=768,p=200 (repeatable)")
+    add("--dtype", choices=list(DTYPES), action="append", help="default fp32 (repeatable)")
+    add("--pass", choices=bench.PASSES, action="append", dest="passes", help="default both (repeatable)")
+    add("--device", type=_device, default=_default_device(), help="default %(default)s")
+    add("--rounds", type=_rounds, default=30, help="samples of each contender (default %(default)s)")
+    add("--saved-bytes", action="store_true", help="add saved_bytes to the JSON: what is kept for the backward")
+    add("--json", action="store_true", help="print machine and rows as JSON")
+    parser.set_defaults(fail=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, and returns 1 if one of our contenders fails parity."""
+    op = bench.OPS[args.op]
+    shapes = args.shape or op.DEFAULT_SHAPES
+    for shape in shapes:
+        if set(shape) != set(op.SHAPE_KEYS):
+            args.fail(f"argument --shape: {args.op} has the sizes {','.join(op.SHAPE_KEYS)}, got {','.join(shape)}")
+    shapes = [{key: shape[key] for key in op.SHAPE_KEYS} for shape in shapes]
+    with contextlib.redirect_stdout(sys.stderr):  # compilers may print
+        report = bench.run(
+            args.op, shapes, args.dtype or ["fp32"], args.passes or bench.PASSES, args.device, args.rounds, _progress
+        )
+    if args.json:
+        emit_json({"machine": report.machine, "rows": [row.as_json(args.saved_bytes) for row in report.rows]})
+    else:
+        _print_tables(report)
+    for row in report.rows:
+        if row.failure:
+            where = f"{row.contender}, {row.shape}, {row.dtype}, {row.pass_name}"
+            note(f"no speed-up for {where}: parity fails: {row.failure}")
+    return int(bool(report.failures))
+
+
+def _progress(setting: bench.Setting) -> bench.Progress:
+    return lambda rounds: iter(tqdm(rounds, desc=str(setting), unit=" round", file=sys.stderr, disable=None))
+
+
+def _print_tables(report: bench.Report) -> None:
+    """One table a setting."""
+    facts = report.machine
+    products = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in facts["gemm_gflops"].items())
+    print(f"{facts['name']}, {facts['cpu']['threads']} threads, torch {facts['versions']['torch']}")
+    print(f"best GFLOP/s in a matrix product: {products}; best copy: {facts['copy_gib_s']:.0f} GiB/s")
+    groups: dict[tuple[str, ...], list[bench.Row]] = {}
+    for row in report.rows:
+        groups.setdefault((row.op, row.shape, row.dtype, row.pass_name), []).append(row)
+    for title, rows in groups.items():
+        print(f"\n{' '.join(title)}, floor {rows[0].floor_ms:.3f} ms")
+        headers = ["contender", "kind", "ms", "spread", "speedup", "x floor", "% of GEMM", "saved MiB"]
+        emit_table(headers, [_cells(row) for row in rows])
+
+
+def _cells(row: bench.Row) -> list[str]:
+    return [
+        row.contender,
+        row.kind,
+        f"{row.ms:.3f}",
+        f"{row.spread:.0%}",
+        "-" if row.speedup is None else f"{row.speedup:.2f}x",
+        f"{row.ms / row.floor_ms:.2f}",
+        f"{row.gemm_share:.0%}",
+        "-" if row.saved_bytes is None else f"{row.saved_bytes / 2**20:.1f}",
+    ]
+
+
+def _shape(text: str) -> dict[str, int]:
+    """``B=8,n=237`` as a dictionary of positive sizes."""
+    shape = {}
+    for item in text.split(","):
+        key, equals, size = item.partition("=")
+        if not (equals and key and size.isdecimal() and int(size) > 0):
+            raise argparse.ArgumentTypeError(f"expected KEY=SIZE,... with positive sizes, got {item!r} in {text!r}")
+        if key in shape:
+            raise argparse.ArgumentTypeError(f"{key} is there twice in {text!r}")
+        shape[key] = int(size)
+    return shape
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no CUDA device here")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    return device
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
