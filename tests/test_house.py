@@ -19,9 +19,9 @@ FLOORS = [
     ("backends",),
     ("ops",),
     ("nn",),
+    ("tuning",),
     ("models",),
     ("methods",),
-    ("tuning",),
     ("parity", "bench", "demo"),
     ("cli",),
 ]
