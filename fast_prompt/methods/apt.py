@@ -1,17 +1,19 @@
 """APT, approximated prompt tuning (arXiv 2306.15706): prompts diffused into every attention's output."""
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from fast_prompt.models import AttentionSite, find_attention_sites
-from fast_prompt.nn import PromptDiffusion, checks
+from fast_prompt.models import PROVEN, AttentionSite, find_attention_sites
+from fast_prompt.models.sdpa import FUSED
+from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.nn.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 from fast_prompt.tuning.config import MethodConfig
-from fast_prompt.tuning.site import Site
+from fast_prompt.tuning.site import FoldedSite, Site
 
 
 @dataclass(kw_only=True)
@@ -70,3 +72,32 @@ class APTConfig(MethodConfig):
             device=weight.device,
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
         )
+
+    def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite:
+        """One attention's adapter merged into its projections.
+
+        Raises:
+            ValueError: the attention is not of a class whose projections are known to read X and give H, or they are
+                not plain linear layers.
+        """
+        assert isinstance(site, AttentionSite) and isinstance(adapter, PromptDiffusion)
+        attention = model.get_submodule(site.name)
+        projections = site.projections
+        if not site.proven or projections is None:
+            raise ValueError(
+                f"{site.name}: cannot fold {type(attention).__name__}, only {', '.join(PROVEN)}: what its projections "
+                "read and give is not known"
+            )
+        memory = () if site.is_cross else projections.memory
+        linears = [attention.get_submodule(path) for path in (projections.query, *memory, projections.output)]
+        try:
+            folded = FoldedPromptDiffusion(adapter, linears[0], linears[1:-1], linears[-1])
+        except TypeError as error:
+            raise ValueError(f"{site.name}: cannot fold its projections: {error}") from error
+        forwards = (folded.project_key, folded.project_value) if memory else ()
+        paths = dict(zip(memory, forwards, strict=True))
+        paths |= {projections.query: folded.project_query, projections.output: folded.project_output}
+        if type(attention).__name__ in FUSED:
+            child, forward = FUSED[type(attention).__name__]
+            paths[child] = MethodType(forward, attention.get_submodule(child))
+        return FoldedSite(folded, {f"{site.name}.{path}": forward for path, forward in paths.items()})

@@ -1,5 +1,5 @@
 """What the methods must know of an architecture."""
 
-from fast_prompt.models.attention import AttentionSite, Projections, find_attention_sites
+from fast_prompt.models.attention import PROVEN, AttentionSite, Projections, find_attention_sites
 
-__all__ = ["AttentionSite", "Projections", "find_attention_sites"]
+__all__ = ["PROVEN", "AttentionSite", "Projections", "find_attention_sites"]

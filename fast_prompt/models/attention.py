@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_prompt.tuning.adapters import CHILD
-from fast_prompt.tuning.site import is_replaceable
+from fast_prompt.tuning.site import Site, is_replaceable
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,15 @@ class Projections:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """One attention module to adapt; paths are those of ``nn.Module.get_submodule``.
+class AttentionSite(Site):
+    """One attention module to adapt; ``width`` is that of X and H.
 
     Attributes:
-        name: path of the attention module.
-        host: path of the module whose forward is replaced.
-        forward: what replaces it.
-        width: d, the width of X and H.
         projections: the linear layers, or None where they are not found (the site then cannot be folded).
         proven: whether the attention's class is one of ``PROVEN``.
         is_cross: whether keys and values are projected from another sequence than the queries.
     """
 
-    name: str
-    host: str
-    forward: Callable[..., Any]
-    width: int
     projections: Projections | None
     proven: bool
     is_cross: bool
@@ -88,13 +80,13 @@ def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return adapters(output, source.to(output.device))
 
 
-def output_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
     hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
     return self.dropout(hidden_states)
 
 
-def normed_output_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def normed_output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, residual, LayerNorm."""
     hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
     return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
@@ -140,8 +132,9 @@ def _match(model: nn.Module, target_modules: list[str] | str) -> list[str]:
         matched = [name for name in names if any(name == whole or name.endswith(end) for whole, end in endings)]
         unmatched = [w for w, end in endings if not any(name == w or name.endswith(end) for name in names)]
     if unmatched:
+        missing = ", ".join(unmatched)
         raise ValueError(
-            f"target_modules: {type(model).__name__} has no module named {', '.join(unmatched)}. {_attention_like(model)}"
+            f"target_modules: {type(model).__name__} has no module named {missing}. {_attention_like(model)}"
         )
     # ViLT's attention holds a module that is itself called "attention": the outermost is meant.
     return [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]

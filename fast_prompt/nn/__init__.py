@@ -1,5 +1,6 @@
 """Drop-in modules over the ops. None of them needs ``transformers``."""
 
+from fast_prompt.nn.folded import FoldedPromptDiffusion
 from fast_prompt.nn.prompt_diffusion import PromptDiffusion
 
-__all__ = ["PromptDiffusion"]
+__all__ = ["FoldedPromptDiffusion", "PromptDiffusion"]

@@ -21,7 +21,7 @@ class SiteAdapters(nn.ModuleDict):
 
     def activate(self, name: str | None) -> None:
         """Use the adapter ``name``; none when it is None or has nothing at this site."""
-        self.active = name if name in self else None
+        self.active = name if name is not None and name in self else None
 
     def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
         """``hidden`` and ``source`` [..., n, d] to [..., n, d]."""

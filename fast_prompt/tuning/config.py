@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class MethodConfig:
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
 
-    def find_sites(self, model: nn.Module) -> list[Site]:
+    def find_sites(self, model: nn.Module) -> Sequence[Site]:
         """The places in ``model`` that this config adapts; ValueError when there are none."""
         raise NotImplementedError
 

@@ -92,7 +92,7 @@ def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
 
 
 @functools.cache
-def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+def _adapted_class(base: type) -> type:
     """A subclass of ``base`` with its name, and with ``FastPromptModel``'s methods before its own."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (FastPromptModel, base), {**names, "_fast_prompt_base_class": base})
@@ -399,12 +399,12 @@ class FastPromptModel(nn.Module):
         for site, module in draft.sites:
             host = self.get_submodule(site.host)
             if not hasattr(host, CHILD):
-                setattr(host, CHILD, SiteAdapters())
+                setattr(host, CHILD, SiteAdapters().train(host.training))
                 self._replace_host(site)
             module.train(host.training).requires_grad_(False)
             self._adapters(site)[name] = module
         if draft.saved and not hasattr(self, SAVED):
-            setattr(self, SAVED, SavedModules())
+            setattr(self, SAVED, SavedModules().train(self.training))
         for path, module in draft.saved.items():
             self._saved().add(name, path, module.requires_grad_(False))
         state.configs[name] = draft.config

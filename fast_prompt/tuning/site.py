@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +11,9 @@ from torch import nn
 _HOOKED_FORWARD = "_old_forward"
 
 
-class Site(Protocol):
-    """What the tuning code must know of a place in the model; paths are those of ``nn.Module.get_submodule``.
+@dataclass(frozen=True)
+class Site:
+    """A place that a method adapts; paths are those of ``nn.Module.get_submodule``.
 
     Attributes:
         name: path of the adapted module; adapters' weights are saved under it.
@@ -21,14 +22,10 @@ class Site(Protocol):
         width: d, the width of the activations there.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def host(self) -> str: ...
-    @property
-    def forward(self) -> Callable[..., Any]: ...
-    @property
-    def width(self) -> int: ...
+    name: str
+    host: str
+    forward: Callable[..., Any]
+    width: int
 
 
 @dataclass

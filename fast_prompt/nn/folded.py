@@ -1,0 +1,108 @@
+"""Prompt diffusion merged with an attention's frozen projections: two wide products and one small step between them.
+
+The scores' keys become further rows of the query, key and value weights, which read the same X; the diffusion becomes
+a further term of the output projection, into which ``exp(log_scale)`` is multiplied. What is left of the method is
+one activation and row weight on [M, p]. Each product's part of the arithmetic is what it was; only roundings differ.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast_prompt.nn.prompt_diffusion import PromptDiffusion
+from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
+
+
+class FoldedPromptDiffusion(nn.Module):
+    """Takes over the forwards of an attention's linear layers, for inference.
+
+    ``project_query`` computes all that reads X in one product and keeps the other slices until the forwards they
+    belong to ask for them within the same forward pass; ``project_output`` adds the diffusion and lets go of them.
+
+    Args:
+        adapter: what to merge.
+        query: the query projection, d to its own width.
+        memory: the key and value projections where they read X too; empty for cross-attention.
+        output: the output projection, to d.
+
+    Raises:
+        TypeError: a projection is no plain ``nn.Linear``.
+    """
+
+    input_weight: Tensor
+    input_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    prompts: Tensor
+
+    def __init__(
+        self, adapter: PromptDiffusion, query: nn.Linear, memory: Sequence[nn.Linear], output: nn.Linear
+    ) -> None:
+        super().__init__()
+        for linear in (query, *memory, output):
+            if type(linear).forward is not nn.Linear.forward:
+                raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")
+        self.activation = adapter.activation
+        self.row_weight = adapter.row_weight
+        inputs = (query, *memory)
+        self.widths = [linear.out_features for linear in inputs] + [adapter.prompts.shape[0]]
+        with torch.no_grad():
+            keys, scale = adapter.keys().to(query.weight), adapter.log_scale.exp()
+            wide = {
+                "input_weight": torch.cat([*(linear.weight for linear in inputs), keys]),
+                "input_bias": torch.cat([*map(_bias, inputs), keys.new_zeros(len(keys))]),
+                "output_weight": (output.weight * scale).to(output.weight),
+                "output_bias": (_bias(output) * scale).to(output.weight),
+                "prompts": (adapter.prompts * scale).to(output.weight),
+            }
+        for name, value in wide.items():
+            self.register_buffer(name, value, persistent=False)
+        self._source: Tensor | None = None
+        self._slices: tuple[Tensor, ...] = ()
+        self.eval()
+
+    def project_query(self, source: Tensor) -> Tensor:
+        """X [..., n, d] to the queries [..., n, query width].
+
+        Raises:
+            RuntimeError: the module is in training mode, or a gradient is wanted for X.
+        """
+        if self.training or (torch.is_grad_enabled() and source.requires_grad):
+            raise RuntimeError(
+                "the model is folded, for inference only: call unfold() to train, "
+                "or run under torch.no_grad() with the model in eval mode"
+            )
+        self._source = source
+        self._slices = F.linear(source, self.input_weight, self.input_bias).split(self.widths, dim=-1)
+        return self._slices[0]
+
+    def project_key(self, source: Tensor) -> Tensor:
+        """X [..., n, d] to the keys."""
+        return self._project(1, source)
+
+    def project_value(self, source: Tensor) -> Tensor:
+        """X [..., n, d] to the values."""
+        return self._project(2, source)
+
+    def _project(self, index: int, source: Tensor) -> Tensor:
+        """The slice that ``project_query`` has computed, if that was from the same ``source``."""
+        if source is self._source:
+            return self._slices[index]
+        start = sum(self.widths[:index])
+        rows = slice(start, start + self.widths[index])
+        return F.linear(source, self.input_weight[rows], self.input_bias[rows])
+
+    def project_output(self, heads: Tensor) -> Tensor:
+        """The heads' output [..., n, value width] to Y [..., n, d]."""
+        scores = self._slices[-1]
+        self._source, self._slices = None, ()
+        diffusion = ACTIVATIONS[self.activation](scores)
+        diffusion = diffusion * ROW_WEIGHTS[self.row_weight](diffusion)
+        hidden = F.linear(heads, self.output_weight, self.output_bias)
+        return torch.addmm(hidden.flatten(0, -2), diffusion.flatten(0, -2), self.prompts).view(hidden.shape)
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
