@@ -1,0 +1,458 @@
+// prompt_diffusion on the CPU, forward and backward: see prompt_diffusion.h for what it computes.
+//
+// Rows are cut into one run per thread, runs into tiles. A tile is carried through every step while its rows are
+// in cache, so X, H and G are read once and Y, dX and dH written once, whatever p is; nothing of size [rows, p] is
+// ever stored. Forward, a tile of rows: stage X as words; S = X K^T; w R in place; E = (w R) P; Y = e^s (H + E).
+// Backward: S and R again; D = G P^T; dS; dX = dS K; and dP += (e^s w R)^T G, dK += dS^T X into sums that each
+// thread owns and a last step adds up in thread order, so that a result depends on the thread count alone.
+//
+// bf16 activations on a machine with bf16 dot products stay bf16 as operands (w R and dS are rounded to bf16, as
+// eager PyTorch rounds them); everything else is widened to float32. The sums are float32 in both cases.
+
+#include "prompt_diffusion.h"
+
+#include "gemm.h"
+#include "philox.h"
+#include "vector.h"
+
+namespace fast_prompt::cpu::FAST_PROMPT_ISA {
+namespace {
+
+template <class Body>
+void parallel_for(const Runtime& runtime, int64_t jobs, int64_t grain, const Body& body) {
+  const auto call = [](const void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  runtime.parallel_for(jobs, grain, call, &body);
+}
+
+float* allocate_floats(const Runtime& runtime, int64_t count) {
+  return static_cast<float*>(runtime.allocate(runtime.context, count * sizeof(float)));
+}
+
+// ---- Packed weights ----
+
+constexpr int64_t PACK_GRAIN = 1 << 15;  // elements packed that are worth a thread
+
+// Panels of B = W^T, [width, n]: what X K^T and G P^T multiply by.
+template <class Dot, Part part = Part::WHOLE>
+const float* pack_all_transposed(const Runtime& runtime, const Rows& w, int64_t n, int64_t width) {
+  const int64_t depth = words<Dot>(width), panels = (n + PANEL - 1) / PANEL;
+  float* packed = allocate_floats(runtime, depth * packed_columns(n));
+  parallel_for(runtime, panels, 1 + PACK_GRAIN / (width * PANEL), [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pack_transposed<Dot, part>(w, i * PANEL, n, width, packed + i * PANEL * depth);
+  });
+  return packed;
+}
+
+// Panels of B = W, [n, width]: what (w R) P and dS K multiply by.
+template <class Dot>
+const float* pack_all(const Runtime& runtime, const Rows& w, int64_t n, int64_t width) {
+  const int64_t depth = words<Dot>(n), panels = (width + PANEL - 1) / PANEL;
+  float* packed = allocate_floats(runtime, depth * packed_columns(width));
+  parallel_for(runtime, panels, 1 + PACK_GRAIN / (n * PANEL), [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i * PANEL, columns = smaller(PANEL, packed_columns(width) - column);
+      pack<Dot>(w, n, column, columns, width, packed + column * depth);
+    }
+  });
+  return packed;
+}
+
+// ---- One row of scores. Rows are padded to whole registers; the padding always holds zeros. ----
+
+// S -> relu(S) or softmax(S), in place.
+void activate(const PromptDiffusion& problem, float* s) {
+  const int64_t p = problem.num_prompts, padded = packed_columns(p);
+  for (int64_t c = p; c < padded; ++c) s[c] = problem.softmax ? -__builtin_inff() : 0.0f;
+  if (!problem.softmax) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+      const Floats value = load(s + c);
+      store(s + c, value < 0.0f ? Floats{} : value);  // keeps NaN
+    }
+    return;
+  }
+  Floats largest = load(s), sum = {};
+  for (int64_t c = LANES; c < padded; c += LANES) largest = larger(largest, load(s + c));
+  const float shift = largest_lane(largest);
+  for (int64_t c = 0; c < padded; c += LANES) {
+    const Floats value = exp_of_nonpositive(load(s + c) - shift);
+    store(s + c, value);
+    sum += value;
+  }
+  const float factor = 1.0f / sum_of_lanes(sum);
+  for (int64_t c = 0; c < padded; c += LANES) store(s + c, load(s + c) * factor);
+}
+
+// w of a row of activations whose elements count kept[c] times: dropout has happened once it is multiplied in.
+float row_weight(const PromptDiffusion& problem, const float* activations, const float* kept) {
+  if (!problem.max_weight) return 1.0f;
+  Floats largest = {};
+  for (int64_t c = 0; c < problem.num_prompts; c += LANES)
+    largest = larger(load(activations + c) * load(kept + c), largest);
+  return largest_lane(largest);
+}
+
+// kept[c] for a row: 0 or 1 / (1 - dropout_p). Without dropout the ones written by keep_all stay.
+void draw_dropout(const PromptDiffusion& problem, int64_t row, float* kept) {
+  const uint64_t first = (uint64_t)row * problem.num_prompts;
+  if (problem.dropout)
+    dropout_factors(problem.seed, first, problem.dropout_threshold, problem.kept_scale, problem.num_prompts, kept);
+}
+
+void keep_all(const PromptDiffusion& problem, float* kept) {
+  for (int64_t c = 0; c < problem.num_prompts; c += LANES) store(kept + c, broadcast(1.0f));
+}
+
+// S -> factor w R.
+void weigh_scores(const PromptDiffusion& problem, float factor, float* s, const float* kept) {
+  activate(problem, s);
+  factor *= row_weight(problem, s, kept);
+  for (int64_t c = 0; c < problem.num_prompts; c += LANES) store(s + c, load(s + c) * load(kept + c) * factor);
+}
+
+// S and D = G P^T -> e^s w R and dS, in place; returns sum(R * dR), the row's part of the gradient of log_scale.
+float differentiate_scores(const PromptDiffusion& problem, float* s, float* d, const float* kept) {
+  activate(problem, s);
+  const float factor = problem.scale * row_weight(problem, s, kept);
+  const int64_t p = problem.num_prompts;
+  Floats sum = {};
+  for (int64_t c = 0; c < p; c += LANES) {
+    const Floats a = load(s + c);
+    const Floats da = load(d + c) * load(kept + c) * factor;
+    sum += a * da;
+    store(d + c, problem.softmax ? da : a <= 0.0f ? Floats{} : da);
+  }
+  const float total = sum_of_lanes(sum);
+  for (int64_t c = 0; c < p; c += LANES) {
+    const Floats a = load(s + c);
+    if (problem.softmax) store(d + c, a * (load(d + c) - total));
+    store(s + c, a * load(kept + c) * factor);
+  }
+  return total;
+}
+
+// ---- One row of activations, in its own dtype ----
+
+template <class Storage>
+void write_output(const float* e, const void* hidden, float scale, int64_t width, void* output) {
+  for_each_vector<Storage>(width, [=](int64_t c, auto load_row, auto store_row) {
+    store_row(output, (load_row(hidden) + load(e + c)) * scale);
+  });
+}
+
+template <class Storage>
+void write_row(const float* values, int64_t width, void* output) {
+  for_each_vector<Storage>(width, [=](int64_t c, auto, auto store_row) { store_row(output, load(values + c)); });
+}
+
+template <class Storage>
+void write_scaled(const void* grad, float scale, int64_t width, void* output) {
+  for_each_vector<Storage>(width, [=](int64_t, auto load_row, auto store_row) {
+    store_row(output, load_row(grad) * scale);
+  });
+}
+
+template <class Storage>
+float dot(const void* a, const void* b, int64_t width) {
+  Floats sum = {};
+  for_each_vector<Storage>(width, [=, &sum](int64_t, auto load_row, auto) { sum += load_row(a) * load_row(b); });
+  return sum_of_lanes(sum);
+}
+
+// ---- Tiles ----
+
+struct Run {
+  int64_t count, rows;  // runs, and rows in each but the last
+};
+
+// Runs for the threads at hand, each of `least` rows or more.
+Run split_rows(const Runtime& runtime, int64_t rows, int64_t least) {
+  const int64_t count = smaller(runtime.threads, (rows + least - 1) / least);
+  const int64_t length = round_up((rows + count - 1) / count, BLOCK_ROWS);
+  return {(rows + length - 1) / length, length};
+}
+
+// Rows whose arithmetic is worth waking a thread for.
+int64_t rows_worth_a_thread(const PromptDiffusion& problem) {
+  return 1 + (1 << 18) / (problem.width * (problem.num_prompts + 8));
+}
+
+// Scratch of one tile, carved from one allocation. Strides are in words.
+struct Tile {
+  int64_t rows;
+  int64_t wide, tall;                       // strides of [rows, width] and [rows, num_prompts] buffers
+  float *source, *grad, *scores, *dscores;  // staged X and G; S and D
+  float *operand, *transposed, *panel;      // w R or dS as words; the same by columns; a panel of X or G
+  float *product, *kept;
+
+  Tile(const PromptDiffusion& problem, int64_t tile_rows, bool backward, float* memory = nullptr)
+      : rows(tile_rows),
+        wide(spread_stride(packed_columns(problem.width))),
+        tall(spread_stride(packed_columns(problem.num_prompts))) {
+    float* const start = memory;
+    const auto take = [&memory](int64_t floats) {
+      float* taken = memory;
+      memory += round_up(floats, 16);
+      return taken;
+    };
+    source = take(rows * wide);
+    scores = take(rows * tall);
+    operand = take(rows * tall);
+    product = take(rows * wide);
+    kept = take(tall);
+    if (backward) {
+      grad = take(rows * wide);
+      dscores = take(rows * tall);
+      transposed = take(rows * tall);
+      panel = take(rows * PANEL);
+    }
+    floats = memory - start;
+  }
+  int64_t floats;  // size of the allocation
+};
+
+template <class Dot>
+void stage_rows(const Rows& from, int64_t first, int64_t count, int64_t width, float* target, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) stage<Dot>(from.dtype, at(from, first + i), width, target + i * stride);
+}
+
+// Rows of float32 scores as words: as they are, or copied to `operand`.
+template <class Dot>
+const float* as_words(const float* scores, int64_t count, int64_t columns, int64_t stride, float* operand) {
+  if constexpr (Dot::DEPTH == 1) return scores;
+  for (int64_t i = 0; i < count; ++i)
+    stage<Dot>(Dtype::FLOAT32, scores + i * stride, columns, operand + i * stride);
+  return operand;
+}
+
+// ---- Forward ----
+
+template <class Dot>
+void forward_tile(const PromptDiffusion& problem, const float* keys, const float* prompts, const Rows& output,
+                  const Tile& tile, int64_t first, int64_t count) {
+  const int64_t width = problem.width, p = problem.num_prompts;
+  stage_rows<Dot>(problem.source, first, count, width, tile.source, tile.wide);
+  multiply<Dot, Layout::ROWS>({count, packed_columns(p), words<Dot>(width), tile.source, tile.wide, keys,
+                               tile.scores, tile.tall, false});
+  for (int64_t i = 0; i < count; ++i) {
+    draw_dropout(problem, first + i, tile.kept);
+    weigh_scores(problem, 1.0f, tile.scores + i * tile.tall, tile.kept);
+  }
+  const float* weighted = as_words<Dot>(tile.scores, count, p, tile.tall, tile.operand);
+  multiply<Dot, Layout::ROWS>({count, packed_columns(width), words<Dot>(p), weighted, tile.tall, prompts,
+                               tile.product, tile.wide, false});
+  with_storage(output.dtype, [&](auto storage) {
+    for (int64_t i = 0; i < count; ++i)
+      write_output<decltype(storage)>(tile.product + i * tile.wide, at(problem.hidden, first + i), problem.scale,
+                                      width, at(output, first + i));
+  });
+}
+
+template <class Dot>
+void forward_with(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+  const float* keys = pack_all_transposed<Dot>(runtime, problem.keys, problem.num_prompts, problem.width);
+  const float* prompts = pack_all<Dot>(runtime, problem.prompts, problem.num_prompts, problem.width);
+  const Run runs = split_rows(runtime, problem.rows, rows_worth_a_thread(problem));
+  const int64_t tile_rows = (problem.num_prompts <= 32 ? 1 : 4) * BLOCK_ROWS;
+  const int64_t floats = Tile(problem, tile_rows, false).floats;
+  float* scratch = allocate_floats(runtime, runs.count * floats);
+  parallel_for(runtime, runs.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      const Tile tile(problem, tile_rows, false, scratch + run * floats);
+      keep_all(problem, tile.kept);
+      const int64_t last = smaller(problem.rows, (run + 1) * runs.rows);
+      for (int64_t row = run * runs.rows; row < last; row += tile_rows)
+        forward_tile<Dot>(problem, keys, prompts, output, tile, row, smaller(tile_rows, last - row));
+    }
+  });
+}
+
+// ---- Backward ----
+
+// Packed weights, and what one run of rows adds up. Null where no gradient needs it.
+struct BackwardRun {
+  const float *keys_transposed, *keys_residual, *prompts_transposed, *keys;
+  float *prompts_sum, *keys_sum;  // [num_prompts, tile.wide]
+  double log_scale;
+};
+
+bool needs_scores(const PromptDiffusionGradients& gradients) {
+  return gradients.source.data || gradients.prompts.data || gradients.keys.data || gradients.log_scale;
+}
+
+bool needs_score_gradients(const PromptDiffusionGradients& gradients) {
+  return gradients.source.data || gradients.keys.data || gradients.log_scale;
+}
+
+// dH, and the part of the gradient of log_scale that H has.
+void backward_hidden(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, int64_t first,
+                     int64_t count, BackwardRun& run) {
+  with_storage(gradients.grad.dtype, [&](auto storage) {
+    typedef decltype(storage) Storage;
+    for (int64_t row = first; row < first + count; ++row) {
+      const char* grad = at(gradients.grad, row);
+      if (gradients.hidden.data)
+        write_scaled<Storage>(grad, problem.scale, problem.width, at(gradients.hidden, row));
+      if (gradients.log_scale)
+        run.log_scale += (double)problem.scale * dot<Storage>(grad, at(problem.hidden, row), problem.width);
+    }
+  });
+}
+
+// sum += scores^T rows, both of a tile: [num_prompts, count] x [count, width].
+template <class Dot>
+void add_weight_gradient(const PromptDiffusion& problem, const Tile& tile, const float* scores, float* rows,
+                         int64_t count, bool accumulate, float* sum) {
+  const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(width);
+  const Dtype dtype = Dot::DEPTH == 1 ? Dtype::FLOAT32 : Dtype::BFLOAT16;
+  const Rows staged{(char*)rows, dtype, count, 0, tile.wide * Dot::DEPTH};
+  Product product{p, padded, words<Dot>(count), scores, tile.tall, nullptr, sum, tile.wide, accumulate};
+  if constexpr (Dot::DEPTH > 1) {
+    const Rows operand{(char*)scores, dtype, count, 0, tile.tall * Dot::DEPTH};
+    product.a_stride = packed_columns(p);
+    pack<Dot>(operand, count, 0, product.a_stride, p, tile.transposed);
+    product.a = tile.transposed;
+  }
+  for (int64_t column = 0; column < padded; column += PANEL) {
+    pack<Dot>(staged, count, column, smaller(PANEL, padded - column), width, tile.panel);
+    multiply_panel<Dot, Layout::COLUMNS>(product, column, tile.panel);
+  }
+}
+
+template <class Dot>
+void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Tile& tile,
+                   int64_t first, int64_t count, bool accumulate, BackwardRun& run) {
+  const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(p);
+  backward_hidden(problem, gradients, first, count, run);
+  if (!needs_scores(gradients)) return;
+
+  stage_rows<Dot>(problem.source, first, count, width, tile.source, tile.wide);
+  stage_rows<Dot>(gradients.grad, first, count, width, tile.grad, tile.wide);
+  Product scores{count, padded, words<Dot>(width), tile.source, tile.wide, run.keys_transposed,
+                 tile.scores, tile.tall, false};
+  multiply<Dot, Layout::ROWS>(scores);
+  if (run.keys_residual) {
+    scores.b = run.keys_residual;
+    scores.accumulate = true;
+    multiply<Dot, Layout::ROWS>(scores);
+  }
+  if (needs_score_gradients(gradients))
+    multiply<Dot, Layout::ROWS>({count, padded, words<Dot>(width), tile.grad, tile.wide, run.prompts_transposed,
+                                 tile.dscores, tile.tall, false});
+  for (int64_t i = 0; i < count; ++i) {
+    float *s = tile.scores + i * tile.tall, *d = tile.dscores + i * tile.tall;
+    draw_dropout(problem, first + i, tile.kept);
+    if (needs_score_gradients(gradients)) {
+      run.log_scale += differentiate_scores(problem, s, d, tile.kept);
+    } else {
+      weigh_scores(problem, problem.scale, s, tile.kept);
+    }
+  }
+
+  if (run.prompts_sum) {
+    const float* weighted = as_words<Dot>(tile.scores, count, p, tile.tall, tile.operand);
+    add_weight_gradient<Dot>(problem, tile, weighted, tile.grad, count, accumulate, run.prompts_sum);
+  }
+  if (!gradients.source.data && !run.keys_sum) return;
+  const float* dscores = as_words<Dot>(tile.dscores, count, p, tile.tall, tile.operand);
+  if (run.keys_sum)
+    add_weight_gradient<Dot>(problem, tile, dscores, tile.source, count, accumulate, run.keys_sum);
+  if (gradients.source.data) {
+    multiply<Dot, Layout::ROWS>({count, packed_columns(width), words<Dot>(p), dscores, tile.tall, run.keys,
+                                 tile.product, tile.wide, false});
+    with_storage(gradients.source.dtype, [&](auto storage) {
+      for (int64_t i = 0; i < count; ++i)
+        write_row<decltype(storage)>(tile.product + i * tile.wide, width, at(gradients.source, first + i));
+    });
+  }
+}
+
+// Adds up what the runs hold, in their order, and writes it.
+void write_sums(const Runtime& runtime, const Rows& target, float* sums, int64_t count, int64_t between,
+                int64_t stride, int64_t num_prompts, int64_t width) {
+  parallel_for(runtime, num_prompts, 1 + PACK_GRAIN / (width * count), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* sum = sums + row * stride;
+      for (int64_t run = 1; run < count; ++run)
+        for (int64_t c = 0; c < width; c += LANES)
+          store(sum + c, load(sum + c) + load(sum + run * between + c));
+      with_storage(target.dtype, [&](auto storage) { write_row<decltype(storage)>(sum, width, at(target, row)); });
+    }
+  });
+}
+
+template <class Dot>
+void backward_with(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients,
+                   const Runtime& runtime) {
+  const int64_t p = problem.num_prompts, width = problem.width;
+  BackwardRun shared{};
+  if (needs_scores(gradients))
+    shared.keys_transposed = pack_all_transposed<Dot>(runtime, problem.keys, p, width);
+  // float32 keys rounded to bf16 would move scores across the ReLU's edge: multiply by what was lost as well.
+  if (needs_scores(gradients) && Dot::DEPTH > 1 && problem.keys.dtype == Dtype::FLOAT32)
+    shared.keys_residual = pack_all_transposed<Dot, Part::RESIDUAL>(runtime, problem.keys, p, width);
+  if (needs_score_gradients(gradients))
+    shared.prompts_transposed = pack_all_transposed<Dot>(runtime, problem.prompts, p, width);
+  if (gradients.source.data) shared.keys = pack_all<Dot>(runtime, problem.keys, p, width);
+
+  const int64_t least = rows_worth_a_thread(problem);
+  const Run runs = split_rows(runtime, problem.rows, least > 64 ? least : 64);
+  const int64_t tile_rows = 8 * BLOCK_ROWS;
+  const int64_t floats = Tile(problem, tile_rows, true).floats, sum_floats = p * Tile(problem, tile_rows, true).wide;
+  float* scratch = allocate_floats(runtime, runs.count * floats);
+  float* prompts_sums = gradients.prompts.data ? allocate_floats(runtime, runs.count * sum_floats) : nullptr;
+  float* keys_sums = gradients.keys.data ? allocate_floats(runtime, runs.count * sum_floats) : nullptr;
+  double* log_scales = static_cast<double*>(runtime.allocate(runtime.context, runs.count * sizeof(double)));
+
+  parallel_for(runtime, runs.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile(problem, tile_rows, true, scratch + index * floats);
+      keep_all(problem, tile.kept);
+      BackwardRun run = shared;
+      if (prompts_sums) run.prompts_sum = prompts_sums + index * sum_floats;
+      if (keys_sums) run.keys_sum = keys_sums + index * sum_floats;
+      const int64_t start = index * runs.rows, last = smaller(problem.rows, start + runs.rows);
+      for (int64_t row = start; row < last; row += tile_rows)
+        backward_tile<Dot>(problem, gradients, tile, row, smaller(tile_rows, last - row), row > start, run);
+      log_scales[index] = run.log_scale;
+    }
+  });
+
+  const int64_t stride = spread_stride(packed_columns(width));
+  if (prompts_sums)
+    write_sums(runtime, gradients.prompts, prompts_sums, runs.count, sum_floats, stride, p, width);
+  if (keys_sums) write_sums(runtime, gradients.keys, keys_sums, runs.count, sum_floats, stride, p, width);
+  if (gradients.log_scale) {
+    double total = 0;
+    for (int64_t index = 0; index < runs.count; ++index) total += log_scales[index];
+    *gradients.log_scale = (float)total;
+  }
+}
+
+// ---- The way in ----
+
+#if defined(__AVX512BF16__)
+bool in_bf16(const PromptDiffusion& problem) { return problem.source.dtype == Dtype::BFLOAT16; }
+#endif
+
+void forward(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+#if defined(__AVX512BF16__)
+  if (in_bf16(problem)) return forward_with<Bf16Pairs>(problem, output, runtime);
+#endif
+  forward_with<Fp32>(problem, output, runtime);
+}
+
+void backward(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Runtime& runtime) {
+#if defined(__AVX512BF16__)
+  if (in_bf16(problem)) return backward_with<Bf16Pairs>(problem, gradients, runtime);
+#endif
+  backward_with<Fp32>(problem, gradients, runtime);
+}
+
+}  // namespace
+
+extern const PromptDiffusionKernels prompt_diffusion{forward, backward};
+
+}  // namespace fast_prompt::cpu::FAST_PROMPT_ISA

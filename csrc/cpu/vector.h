@@ -1,0 +1,197 @@
+// One register's worth of floats, at whatever width the compiler was told to build for.
+//
+// Every kernel file is compiled once per instruction set (see isa.h), so all of this lives in an unnamed
+// namespace: no two levels can share a symbol, and the linker cannot put AVX-512 code into the portable
+// path. For the same reason kernel files include C headers and intrinsics only, never the C++ library.
+// Written in GCC's vector extensions, which clang shares; intrinsics only where an instruction has no other name.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "runtime.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using fast_prompt::cpu::Dtype;
+using fast_prompt::cpu::Rows;
+using fast_prompt::cpu::Runtime;
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class Vector>
+inline Vector load_as(const void* source) {
+  Vector value;
+  memcpy(&value, source, sizeof value);
+  return value;
+}
+
+template <class Vector>
+inline void store_as(void* target, Vector value) {
+  memcpy(target, &value, sizeof value);
+}
+
+inline Floats load(const float* source) { return load_as<Floats>(source); }
+inline void store(float* target, Floats value) { store_as(target, value); }
+inline Floats broadcast(float value) { return value - Floats{}; }
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum_of_lanes(Floats value) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += value[lane];
+  return sum;
+}
+
+inline float largest_lane(Floats value) {
+  float largest = value[0];
+  for (int lane = 1; lane < LANES; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
+
+// exp for arguments <= 0 (the softmax's), relative error below 2e-7; 0 below -87, NaN kept.
+// Cephes' reduction and polynomial: exp(x) = 2^n exp(r), |r| <= ln(2) / 2.
+inline Floats exp_of_nonpositive(Floats x) {
+  const Floats shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x * 1.44269504088896341f + shift;
+  const Floats n = shifted - shift;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats y = broadcast(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Words power = ((Words)shifted + 127) << 23;  // the low bits of `shifted` hold n
+  const Floats result = y * (Floats)power;
+  return x < -87.0f ? Floats{} : result;
+}
+
+// ---- The three ways a number is stored. Arithmetic is always in Floats. ----
+
+struct Float32 {
+  typedef float Element;
+  static Floats load(const void* source) { return load_as<Floats>(source); }
+  static void store(void* target, Floats value) { store_as(target, value); }
+};
+
+struct BFloat16 {
+  typedef uint16_t Element;
+  static Floats load(const void* source) {
+    return (Floats)(__builtin_convertvector(load_as<Halves>(source), Words) << 16);
+  }
+  // Rounds to nearest even; NaN stays NaN.
+  static Halves round(Floats value) {
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    const Words bits = (Words)value;
+    const Words rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    const Words quiet = bits | 0x400000;
+    return __builtin_convertvector((value == value ? rounded : quiet) >> 16, Halves);
+#endif
+  }
+  static void store(void* target, Floats value) { store_as(target, round(value)); }
+};
+
+struct Float16 {
+  typedef uint16_t Element;
+#if defined(__AVX512F__)
+  static Floats load(const void* source) { return (Floats)_mm512_cvtph_ps(load_as<__m256i>(source)); }
+  static void store(void* target, Floats value) {
+    store_as(target, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static Floats load(const void* source) { return (Floats)_mm256_cvtph_ps(load_as<__m128i>(source)); }
+  static void store(void* target, Floats value) {
+    store_as(target, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  // Multiplying by 2^112 moves the exponent's bias from 15 to 127, subnormals included.
+  static Floats load(const void* source) {
+    const Words bits = __builtin_convertvector(load_as<Halves>(source), Words);
+    const Words magnitude = (bits & 0x7FFF) << 13;
+    const Words finite = (Words)((Floats)magnitude * 0x1p112f);
+    const Words value = magnitude >= (0x7C00u << 13) ? magnitude | 0x7F800000 : finite;
+    return (Floats)(value | (bits & 0x8000) << 16);
+  }
+  // Normal results round by integer arithmetic; adding 0.5 lines subnormal results up with bit 0.
+  static void store(void* target, Floats value) {
+    const Words bits = (Words)value;
+    const Words magnitude = bits & 0x7FFFFFFF;
+    const Words normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+    const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3F000000;
+    const Words not_a_number = magnitude > 0x7F800000 ? Words{} + 0x7E00 : Words{} + 0x7C00;
+    Words half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= 0x477FF000 ? not_a_number : half;  // from 65520 up: infinity, or NaN
+    store_as(target, __builtin_convertvector(half | (bits >> 16 & 0x8000), Halves));
+  }
+#endif
+};
+
+// Calls action with the storage type of a dtype.
+template <class Action>
+inline auto with_storage(Dtype dtype, Action action) {
+  if (dtype == Dtype::FLOAT32) return action(Float32{});
+  if (dtype == Dtype::BFLOAT16) return action(BFloat16{});
+  return action(Float16{});
+}
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::FLOAT32 ? 4 : 2; }
+
+// Element (row, column), rows counted through all batches.
+inline char* at(const Rows& rows, int64_t row, int64_t column = 0) {
+  const int64_t batch = row / rows.rows_per_batch, index = row % rows.rows_per_batch;
+  return rows.data + (batch * rows.batch_stride + index * rows.row_stride + column) * bytes_of(rows.dtype);
+}
+
+// The end of a row: fewer elements than lanes. Missing lanes read as 0 and are not written.
+template <class Storage>
+inline Floats load_some(const void* source, int64_t count) {
+  typename Storage::Element buffer[LANES] = {};
+  memcpy(buffer, source, count * sizeof buffer[0]);
+  return Storage::load(buffer);
+}
+
+template <class Storage>
+inline void store_some(void* target, Floats value, int64_t count) {
+  typename Storage::Element buffer[LANES];
+  Storage::store(buffer, value);
+  memcpy(target, buffer, count * sizeof buffer[0]);
+}
+
+// A row, one register at a time: action(column, load, store), where load(pointer) and store(pointer, value) take
+// the start of a row stored as Storage and touch no element at or beyond `width`.
+template <class Storage, class Action>
+inline void for_each_vector(int64_t width, Action action) {
+  typedef typename Storage::Element Element;
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES)
+    action(
+        c, [c](const void* row) { return Storage::load((const Element*)row + c); },
+        [c](void* row, Floats value) { Storage::store((Element*)row + c, value); });
+  const int64_t rest = width - c;
+  if (rest > 0)
+    action(
+        c, [c, rest](const void* row) { return load_some<Storage>((const Element*)row + c, rest); },
+        [c, rest](void* row, Floats value) { store_some<Storage>((Element*)row + c, value, rest); });
+}
+
+}  // namespace

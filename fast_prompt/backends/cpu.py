@@ -1,0 +1,132 @@
+"""C++ on the CPU: one library for every instruction set, chosen when it runs (csrc/cpu/isa.h)."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+name = "cpu"
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LIBRARY = _PACKAGE / "_native.so"
+_RECORD = _PACKAGE / "_build.json"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Call(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def weight_dtype(self) -> torch.dtype: ...
+
+
+def build_info() -> dict[str, Any]:
+    """How the library was built: compiler, flags, instruction sets, torch; or ``{"built": False, "reason": ...}``."""
+    if not _RECORD.exists():
+        return {"built": False, "reason": "not compiled; pip install --no-build-isolation . compiles it"}
+    return json.loads(_RECORD.read_text())
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the library is not here, or None once it is loaded."""
+    info = build_info()
+    if not info["built"]:
+        return f"the native library was not built: {info['reason']}"
+    try:
+        torch.ops.load_library(_LIBRARY)
+        isa()
+    except (OSError, RuntimeError) as error:
+        return f"the native library, built against torch {info['torch']}, does not work here: {error}"
+    return None
+
+
+def refuses(op: str, call: _Call) -> str | None:
+    """Why this backend cannot take a call, or None."""
+    if call.device.type != "cpu":
+        return f"runs on cpu, not on {call.device.type}"
+    if call.dtype not in _DTYPES:
+        return f"has float32, bfloat16 and float16, not {call.dtype}"
+    if call.weight_dtype not in (call.dtype, torch.float32):
+        return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
+
+    The environment variable ``FAST_PROMPT_CPU_ISA`` names one for a whole process.
+    """
+    return torch.ops.fast_prompt_native.cpu_isa()
+
+
+def isa_levels() -> list[str]:
+    """The instruction sets this machine can run, best first."""
+    return torch.ops.fast_prompt_native.cpu_isa_levels().split()
+
+
+def select_isa(level: str = "") -> None:
+    """Uses one of ``isa_levels()`` from now on, the best by default; RuntimeError if this machine lacks it."""
+    torch.ops.fast_prompt_native.select_cpu_isa(level)
+
+
+def prompt_diffusion(
+    hidden: Tensor,
+    source: Tensor,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    row_weight: str,
+    dropout_p: float,
+) -> Tensor:
+    """``fast_prompt.reference.prompt_diffusion`` for hidden and source [B, n, d], not empty, log_scale float32."""
+    weights = _unit_stride(prompts), _unit_stride(keys)
+    return torch.ops.fast_prompt_native.prompt_diffusion(
+        _unit_stride(hidden), _unit_stride(source), *weights, log_scale, seed, activation, row_weight, dropout_p
+    )
+
+
+def prompt_diffusion_backward(
+    grad: Tensor,
+    hidden: Tensor | None,
+    source: Tensor,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    row_weight: str,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``prompt_diffusion`` for ``grad`` [B, n, d].
+
+    Args:
+        grad: the output's gradient; the other tensors are the forward's.
+        hidden: may be None where the gradient of log_scale is not needed.
+        needs: for hidden, source, prompts, keys and log_scale, whether its gradient is wanted.
+
+    Returns:
+        Five gradients, contiguous, in their inputs' dtypes; None where not wanted.
+    """
+    weights = _unit_stride(prompts), _unit_stride(keys)
+    settings = (activation, row_weight, dropout_p)
+    hidden = None if hidden is None else _unit_stride(hidden)
+    results = iter(
+        torch.ops.fast_prompt_native.prompt_diffusion_backward(
+            _unit_stride(grad), hidden, _unit_stride(source), *weights, log_scale, seed, *settings, *needs
+        )
+    )
+    return tuple(next(results) if needed else None for needed in needs)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor as it is, or a copy where the elements of a row are not neighbours."""
+    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
