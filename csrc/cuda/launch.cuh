@@ -1,0 +1,61 @@
+// Launching kernels: what the current device has, scratch memory, and the first error of several launches.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "prompt_diffusion.h"
+
+namespace fast_prompt::cuda {
+namespace {
+
+// The current device.
+struct Device {
+  int multiprocessors = 0, shared_bytes = 0;  // shared memory that one block may ask for
+
+  Device() {
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+};
+
+template <class E>
+E* allocate(const Runtime& runtime, int64_t count) {
+  return static_cast<E*>(runtime.allocate(runtime.context, count * static_cast<int64_t>(sizeof(E))));
+}
+
+// Kernels put on one stream, one after another; none after the first that failed.
+class Launches {
+  cudaStream_t stream;
+  cudaError_t status = cudaSuccess;
+
+ public:
+  explicit Launches(void* stream) : stream(static_cast<cudaStream_t>(stream)) {}
+
+  template <class... Parameters, class... Arguments>
+  void add(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, const Arguments&... arguments) {
+    constexpr int64_t WITHOUT_ASKING = 48 << 10;
+    if (status == cudaSuccess && shared_bytes > WITHOUT_ASKING)
+      status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+
+  // Null, or what went wrong.
+  const char* error() const { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
+};
+
+}  // namespace
+}  // namespace fast_prompt::cuda

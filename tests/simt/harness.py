@@ -1,0 +1,162 @@
+"""Builds csrc/cuda with a C++ compiler against the SIMT headers here, and calls it with tensors."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+import torch
+
+ROOT = Path(__file__).parents[2]
+SIMT = Path(__file__).parent
+SOURCES = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "simt"
+ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+FLAGS = "-std=c++17 -O2 -march=native -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+
+
+def compile_modules(elements, sources=SOURCES, build=BUILD):
+    """Builds one module per element type, of what has changed, and imports them."""
+    build.mkdir(parents=True, exist_ok=True)
+    includes = [SIMT / "include", SIMT, sources, pybind11.get_include(), sysconfig.get_path("include")]
+    lines = [
+        f"flags = {FLAGS} {' '.join(f'-I{path}' for path in includes)}",
+        "rule compile",
+        "  command = c++ $flags $defines -MD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = c++ -shared $in -o $out",
+        f"build simt.o: compile {SIMT / 'simt.cpp'}",
+    ]
+    for element in elements:
+        name = module_name(element, build)
+        lines += [
+            f"build {element}.o: compile {sources / 'prompt_diffusion.cu'}",
+            f"  defines = -DFAST_PROMPT_ELEMENT={element}",
+            f"build {element}.bind.o: compile {SIMT / 'bind.cpp'}",
+            f"  defines = -DFAST_PROMPT_ELEMENT={element} -DSIMT_MODULE={name}",
+            f"build {name}.so: link {element}.o {element}.bind.o simt.o",
+        ]
+    (build / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", build]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return {element: import_module(module_name(element, build), build) for element in elements}
+
+
+def compile_planted(element, name, file, right, wrong):
+    """The module of one element type with a bug: in ``file``, ``right``, which must stand there once, made ``wrong``."""
+    build = BUILD / "planted" / name
+    sources = build / "sources"
+    sources.mkdir(parents=True, exist_ok=True)
+    for source in SOURCES.iterdir():
+        text = source.read_text()
+        if source.name == file:
+            assert text.count(right) == 1, f"{file}: found {text.count(right)} times: {right}"
+            text = text.replace(right, wrong)
+        target = sources / source.name
+        if not target.exists() or target.read_text() != text:  # an unchanged file keeps its time: nothing to build
+            target.write_text(text)
+    return compile_modules([element], sources, build)[element]
+
+
+def module_name(element, build):
+    return f"simt_{element}" if build == BUILD else f"simt_{element}_{build.name}"
+
+
+def import_module(name, build):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, build / f"{name}.so")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def has_compiler():
+    return shutil.which("c++") is not None
+
+
+class Backend:
+    """The emulated kernels behind the functions of a backend (fast_prompt/backends), by the activations' dtype."""
+
+    def __init__(self, modules):
+        self.modules = modules
+
+    def configure(self, **settings):
+        """Sets ``simt.h``'s Settings for every module."""
+        for module in self.modules.values():
+            for name, value in settings.items():
+                setattr(module.settings(), name, value)
+
+    def prompt_diffusion(self, hidden, *inputs):
+        given, _alive = arguments(hidden, *inputs)
+        output = Guarded(hidden.shape, hidden.dtype)
+        self.modules[ELEMENTS[hidden.dtype]].prompt_diffusion(output.address, **given)
+        return output.checked()
+
+    def prompt_diffusion_backward(self, grad, hidden, source, prompts, keys, log_scale, *options_and_needs):
+        *options, needs = options_and_needs
+        given, _alive = arguments(hidden, source, prompts, keys, log_scale, *options)
+        shaped = (source, source, prompts, keys, log_scale)
+        results = [
+            Guarded(tensor.shape, tensor.dtype) if needed else None
+            for tensor, needed in zip(shaped, needs, strict=True)
+        ]
+        addresses = [result.address if result else 0 for result in results]
+        module = self.modules[ELEMENTS[source.dtype]]
+        module.prompt_diffusion_backward(rows(grad), *addresses, **given)
+        return tuple(result.checked() if result else None for result in results)
+
+
+class Guarded:
+    """Memory for a result, NaN at first, between NaNs that must still be there afterwards."""
+
+    MARGIN = 64
+
+    def __init__(self, shape, dtype):
+        self.shape, self.count = shape, shape.numel()
+        self.memory = torch.full((self.count + 2 * self.MARGIN,), torch.nan, dtype=dtype)
+        skip = -self.memory.data_ptr() // self.memory.element_size() % (16 // self.memory.element_size())
+        self.first = self.MARGIN // 2 + skip  # a multiple of 16 bytes, as torch gives
+        self.address = self.memory.data_ptr() + self.first * self.memory.element_size()
+
+    def checked(self):
+        end = self.first + self.count
+        outside = torch.cat([self.memory[: self.first], self.memory[end:]])
+        assert outside.isnan().all(), "written outside of the result"
+        return self.memory[self.first : end].view(self.shape)
+
+
+def rows(tensor):
+    """A tensor as csrc/cuda's Rows: address, rows per batch, batch stride, row stride."""
+    if tensor is None:
+        return 0, 1, 0, 0
+    assert tensor.stride(-1) == 1 or tensor.size(-1) == 1
+    batch_stride = tensor.stride(0) if tensor.dim() == 3 else 0
+    return tensor.data_ptr(), tensor.size(-2), batch_stride, tensor.stride(-2)
+
+
+def arguments(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p):
+    """csrc/cuda's PromptDiffusion, and the tensors that must outlive the call."""
+    given = {
+        "rows": source.shape[0] * source.shape[1],
+        "width": source.shape[2],
+        "num_prompts": prompts.shape[0],
+        "hidden": rows(hidden),
+        "source": rows(source),
+        "prompts": rows(prompts),
+        "keys": rows(keys),
+        "float_weights": prompts.dtype == torch.float32,
+        "log_scale": log_scale.data_ptr(),
+        "seed": seed.data_ptr() if dropout_p else 0,
+        "softmax": activation == "softmax",
+        "max_weight": row_weight == "max",
+        "dropout_threshold": min(round(dropout_p * 2**32), 2**32 - 1),
+        "kept_scale": 1 / (1 - dropout_p),
+    }
+    return given, (hidden, source, prompts, keys, log_scale, seed)
