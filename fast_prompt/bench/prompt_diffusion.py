@@ -12,6 +12,7 @@ from fast_prompt.parity import Problem
 from fast_prompt.parity.prompt_diffusion import draw
 
 SHAPE_KEYS = ("B", "n", "d", "p")
+LARGEST = {"p": 1024}
 DEFAULT_SHAPES = tuple({"B": 8, "n": 237, "d": 768, "p": p} for p in (4, 16, 64, 200))
 PARAMETERS = ("prompts", "keys", "log_scale")
 

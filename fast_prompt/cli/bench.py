@@ -47,12 +47,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns 1 if one of our contenders fails parity."""
-    op = bench.OPS[args.op]
-    shapes = args.shape or op.DEFAULT_SHAPES
-    for shape in shapes:
-        if set(shape) != set(op.SHAPE_KEYS):
-            args.fail(f"argument --shape: {args.op} has the sizes {','.join(op.SHAPE_KEYS)}, got {','.join(shape)}")
-    shapes = [{key: shape[key] for key in op.SHAPE_KEYS} for shape in shapes]
+    try:
+        shapes = [bench.check_shape(args.op, shape) for shape in args.shape or bench.OPS[args.op].DEFAULT_SHAPES]
+    except ValueError as error:
+        args.fail(f"argument --shape: {error}")
     with contextlib.redirect_stdout(sys.stderr):  # compilers may print
         report = bench.run(
             args.op, shapes, args.dtype or ["fp32"], args.passes or bench.PASSES, args.device, args.rounds, _progress
@@ -65,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
         if row.failure:
             where = f"{row.contender}, {row.shape}, {row.dtype}, {row.pass_name}"
             note(f"no speed-up for {where}: parity fails: {row.failure}")
-    return int(bool(report.failures))
+    for entry in report.raised:
+        note(f"not run: {entry.contender}, {entry.setting}: {entry.message}")
+    return int(not report.ok)
 
 
 def _progress(setting: bench.Setting) -> bench.Progress:

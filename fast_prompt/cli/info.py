@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fast_prompt.backends import BACKENDS
+from fast_prompt.backends import BACKENDS, cpu
 from fast_prompt.bench import machine
 from fast_prompt.cli.output import emit_json
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         "devices": machine.devices(),
         "cpu": machine.cpu(),
         "backends": {name: _availability(name) for name in BACKENDS},
-        "build": _build(),
+        "build": cpu.build_info(),
     }
     if args.json:
         emit_json(facts)
@@ -46,12 +46,6 @@ def run(args: argparse.Namespace) -> int:
 def _availability(name: str) -> dict[str, Any]:
     reason = BACKENDS[name].unavailable()
     return {"available": reason is None, "reason": reason}
-
-
-def _build() -> dict[str, Any]:
-    """How the compiled library was made; where there is none, why."""
-    reason = BACKENDS["cpu"].unavailable()
-    return BACKENDS["cpu"].build_info() if reason is None else {"missing": reason}
 
 
 def _print(facts: dict[str, Any]) -> None:
