@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fast_prompt import bench, parity
+from fast_prompt import bench, parity, reference
+from fast_prompt.bench import probes as bench_probes
 from fast_prompt.bench import prompt_diffusion, runner
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Probe, probes, rates
@@ -14,6 +15,18 @@ from fast_prompt.tolerances import TOLERANCES
 
 CPU = torch.device("cpu")
 SHAPE = {"B": 2, "n": 19, "d": 32, "p": 8}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Nothing is compiled, and the machine's rates are measured on little: neither is what these tests are about."""
+    monkeypatch.setattr(prompt_diffusion, "COMPILED", {})
+    monkeypatch.setattr(bench_probes, "SQUARE", {"cpu": 64})
+    monkeypatch.setattr(bench_probes, "COPY_BYTES", 2**16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waking threads for so little costs more than the work
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_median_and_spread():
@@ -53,11 +66,11 @@ def test_floor_is_the_tighter_of_work_and_traffic():
 
 
 def test_probes_count_their_own_work():
-    probed = probes(torch.bfloat16, CPU, [(6, 5, 4)])
+    probed = probes(torch.bfloat16, CPU, [(6, 5, 4)], traffic=120)
     assert probed["mm torch.bfloat16 6x5x4"].flops == 240
-    assert probed["copy 30"].bytes == 2 * 30 * 2
+    assert probed["copy 120 bytes"].bytes == 120
     assert "mm torch.float32 6x5x4" in probed
-    for name in ("mm torch.bfloat16 6x5x4", "copy 30"):
+    for name in ("mm torch.bfloat16 6x5x4", "copy 120 bytes"):
         probed[name].function()
 
 
@@ -74,7 +87,7 @@ def test_flops_and_traffic():
 def test_every_eager_baseline_computes_the_op(dtype, backward):
     """A baseline that computes something else would make any speed-up a lie."""
     problem = prompt_diffusion.problem(SHAPE, dtype, CPU)
-    expected = parity.evaluate(runner.reference.prompt_diffusion, problem.double(), backward)
+    expected = parity.evaluate(reference.prompt_diffusion, problem.double(), backward)
     forms = prompt_diffusion.EAGER_WITH_BACKWARD if backward else prompt_diffusion.EAGER_FORWARD
     forms = forms | {f"{name} in float32": prompt_diffusion.in_float32(form) for name, form in forms.items()}
     for name, form in forms.items():
@@ -90,8 +103,24 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     assert saved_bytes(lambda x, weight: (x * x) @ weight, problem, ("weight",)) == 2 * 10 * 4 * 4
 
 
-def test_speedup_is_the_best_baseline_over_this_one(monkeypatch):
-    monkeypatch.setattr(prompt_diffusion, "COMPILED", {})
+def test_the_whole_model_contenders_compute_what_they_claim(quick):
+    """Prompts as tokens and as keys and values are one function; folded APT is unfolded APT."""
+    setting = bench.Setting("apt_model", {"B": 2, "n": 9, "p": 5, "layers": 2}, "fp32", "fwd")
+    rows, _, raised = runner.measure(setting, CPU, rounds=1)
+    assert raised == []
+    assert {row.contender: row.failure for row in rows if row.failure} == {}
+    assert {row.contender for row in rows if row.kind == "baseline"} == {
+        "untouched",
+        "untouched_sdpa",
+        "prompts_as_tokens",
+        "prompts_as_tokens_sdpa",
+        "prompts_as_keys_values",
+    }
+    if "cpu" in {row.contender.split("_")[0] for row in rows}:
+        assert {"cpu_unfolded", "cpu_folded"} <= {row.contender for row in rows}
+
+
+def test_speedup_is_the_best_baseline_over_this_one(quick):
     setting = bench.Setting("prompt_diffusion", SHAPE, "fp32", "fwdbwd")
     rows, best, _ = runner.measure(setting, CPU, rounds=3)
     baselines = [row for row in rows if row.kind == "baseline"]

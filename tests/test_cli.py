@@ -72,6 +72,7 @@ def run_json(capsys, *argv):
         ((*BENCH, "--shape", "B=8,n=2,d=4,p=2000"), "--shape"),
         ((*BENCH, "--dtype", "int8"), "--dtype"),
         ((*BENCH, "--pass", "bwd"), "--pass"),
+        (("bench", "--op", "apt_model", "--pass", "fwdbwd"), "--pass"),
         ((*BENCH, "--rounds", "0"), "--rounds"),
         ((*BENCH, "--rounds", "many"), "--rounds"),
         ((*BENCH, "--device", "nonsense"), "--device"),
@@ -146,7 +147,7 @@ def test_info_for_people_shows_the_same(capsys):
 # parity
 
 
-def test_parity_json(capsys):
+def test_parity_json(capsys, quick):
     code, payload, _ = run_json(capsys, "parity", "--backend", "reference", "--dtype", "fp32")
     assert code == 0
     assert list(payload) == ["rows"]
@@ -155,7 +156,7 @@ def test_parity_json(capsys):
     assert all(row["ok"] and row["error"] <= row["tolerance"] == 2e-5 for row in payload["rows"])
 
 
-def test_parity_for_people_says_how_many_passed(capsys):
+def test_parity_for_people_says_how_many_passed(capsys, quick):
     assert main(["parity", "--backend", "reference", "--dtype", "bf16"]) == 0
     shown = capsys.readouterr().out
     assert "ragged" in shown

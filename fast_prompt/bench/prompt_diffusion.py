@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from fast_prompt import ops, reference
-from fast_prompt.bench.contender import Contender, ours
+from fast_prompt.backends import Call
+from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.parity import Problem
 from fast_prompt.parity.prompt_diffusion import draw
 
 SHAPE_KEYS = ("B", "n", "d", "p")
 LARGEST = {"p": 1024}
+PASSES = ("fwd", "fwdbwd")
 DEFAULT_SHAPES = tuple({"B": 8, "n": 237, "d": 768, "p": p} for p in (4, 16, 64, 200))
 PARAMETERS = ("prompts", "keys", "log_scale")
 
@@ -46,12 +48,12 @@ def contenders(shape: dict[str, int], dtype: torch.dtype, device: torch.device, 
     eager = EAGER_WITH_BACKWARD if backward else EAGER_FORWARD
     if dtype != torch.float32:
         eager = eager | {f"{name}_in_fp32": in_float32(function) for name, function in eager.items()}
-    forms = {"reference": reference.prompt_diffusion, **eager}
-    return [
-        *(Contender(name, "baseline", function) for name, function in forms.items()),
-        *(Contender(name, "baseline", torch.compile(form, dynamic=False)) for name, form in COMPILED.items()),
-        *ours(ops.prompt_diffusion, problem(shape | {"B": 1, "n": 1}, dtype, device)),
-    ]
+    definition = reference.prompt_diffusion
+    forms = {"reference": definition, **eager}
+    forms |= {name: torch.compile(form, dynamic=False) for name, form in COMPILED.items()}
+    baselines = [Contender(name, "baseline", form, definition) for name, form in forms.items()]
+    backends = backends_for("prompt_diffusion", Call(device, dtype, dtype, shape["d"], shape["p"]))
+    return baselines + [Contender(name, "ours", forced(ops.prompt_diffusion, name), definition) for name in backends]
 
 
 def eager_in_place(

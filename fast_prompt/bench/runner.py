@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fast_prompt import reference
-from fast_prompt.bench import machine, prompt_diffusion
+from fast_prompt.bench import apt_model, machine, prompt_diffusion
 from fast_prompt.bench.contender import Contender
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Rates, probes, rates
@@ -16,8 +15,9 @@ from fast_prompt.bench.timing import Timing, interleave, stopwatch_for
 from fast_prompt.parity import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
-# Each module has SHAPE_KEYS, LARGEST, DEFAULT_SHAPES, PARAMETERS, and problem, products, flops, traffic, contenders.
-OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion}
+# Each module has SHAPE_KEYS, LARGEST, DEFAULT_SHAPES, PASSES and PARAMETERS, and the functions problem, products,
+# flops, traffic and contenders.
+OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion, "apt_model": apt_model}
 PASSES = ("fwd", "fwdbwd")
 
 Shape = Mapping[str, int]
@@ -163,7 +163,8 @@ def measure(
     everyone = op.contenders(setting.shape, dtype, device, setting.backward)
     failures, raised = _check(everyone, problem, setting)
     contenders = [entry for entry in everyone if entry.name in failures]
-    probed = probes(dtype, device, op.products(setting.shape))
+    traffic = op.traffic(setting.shape, dtype, setting.backward)
+    probed = probes(dtype, device, op.products(setting.shape), traffic)
     calls = {entry.name: call(entry, problem, setting.backward) for entry in contenders}
     functions = calls | {name: probe.function for name, probe in probed.items()}
     timings = interleave(functions, stopwatch_for(device), rounds, progress)
@@ -174,13 +175,15 @@ def measure(
 
 def _check(contenders: Sequence[Contender], problem: Problem, setting: Setting) -> tuple[dict[str, str], list[Raised]]:
     """By name, which results are too far from float64 (empty if none); and who raised instead of computing."""
-    expected = evaluate(getattr(reference, setting.op), problem.double(), setting.backward)
+    wide = problem.double()
+    definitions = {entry.definition for entry in contenders}
+    expected = {definition: evaluate(definition, wide, setting.backward) for definition in definitions}
     tolerance = TOLERANCES[DTYPES[setting.dtype]]
     failures: dict[str, str] = {}
     raised: list[Raised] = []
     for entry in contenders:
         try:
-            errors = compare(evaluate(entry.function, problem, setting.backward), expected)
+            errors = compare(evaluate(entry.function, problem, setting.backward), expected[entry.definition])
         except Exception as error:  # one contender's failure, such as no compiler here; the others still run
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             raised.append(Raised(entry.name, entry.kind, str(setting), message))
