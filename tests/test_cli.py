@@ -122,6 +122,15 @@ def test_a_missing_package_breaks_only_the_command_that_needs_it(capsys, monkeyp
     assert "sklearn" in captured.err
 
 
+def test_interrupting_ends_quietly(capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fast_prompt.parity.run", interrupted)
+    assert main(["parity", "--json"]) == 130
+    assert capsys.readouterr().out == ""
+
+
 # info
 
 

@@ -84,10 +84,10 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, backward:
 
 
 def encoder(shape: Shape) -> nn.Module:
-    """A ``ViltModel`` without pooler, in evaluation; the same random weights each time."""
+    """A ``ViltModel`` in evaluation, the same random weights each time; only its encoder will run, so no vocabulary."""
     transformers = importlib.import_module("transformers")  # an extra, and slow to import
     torch.manual_seed(SEED)
-    config = transformers.ViltConfig(num_hidden_layers=shape["layers"])
+    config = transformers.ViltConfig(num_hidden_layers=shape["layers"], vocab_size=1)
     return transformers.ViltModel(config, add_pooling_layer=False).eval()
 
 
