@@ -59,4 +59,5 @@ def _print(facts: dict[str, Any]) -> None:
 def _section(title: str, lines: dict[str, Any]) -> None:
     print(title)
     for name, value in lines.items():
-        print(f"  {name:<14} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        # Of a dictionary the keys are enough for a person; --json has it all.
+        print(f"  {name:<16} {' '.join(map(str, value)) if isinstance(value, (list, dict)) else value}")
