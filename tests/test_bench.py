@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fast_prompt import bench, parity, reference
+from fast_prompt.backends import Call
 from fast_prompt.bench import probes as bench_probes
 from fast_prompt.bench import prompt_diffusion, runner
+from fast_prompt.bench.contender import backends_for
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Probe, probes, rates
 from fast_prompt.bench.timing import Timing, interleave, stopwatch_for
@@ -34,6 +36,12 @@ def test_median_and_spread():
     assert timing.median == 3.0
     assert timing.spread == pytest.approx(2.0 / 3.0)  # quartiles 2 and 4
     assert Timing((1.0,)).spread == 0.0
+
+
+def test_the_interpreter_is_not_timed():
+    """TRITON_INTERPRET is set for these tests, so Triton can take the call."""
+    call = Call(CPU, torch.float32, torch.float32, 32, 8)
+    assert not {"triton", "reference"} & set(backends_for("prompt_diffusion", call))
 
 
 def test_contenders_take_turns_in_changing_order():

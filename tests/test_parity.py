@@ -12,9 +12,6 @@ from fast_prompt.parity.prompt_diffusion import ARGUMENTS, CASES, build
 CPU = torch.device("cpu")
 RESULTS = ("forward", *ARGUMENTS)
 
-# Triton's interpreter takes seconds a call; a GPU, or `fast-prompt parity`, runs every case.
-INTERPRETED = ("ragged", "softmax", "dropout", "row weight none", "batch second", "all scores negative", "no samples")
-
 
 def plant(monkeypatch, change):
     """Makes a backend ``planted`` that is right but for what ``change(what, value, tensors)`` makes of each result."""
@@ -54,12 +51,11 @@ def test_every_backend_is_within_tolerance(backend, dtype):
     reason = BACKENDS[backend].unavailable()
     if reason:
         pytest.skip(reason)
-    interpreted = backend == "triton" and not torch.cuda.is_available()
-    report = parity.run(None, [backend], [dtype], INTERPRETED if interpreted else None)
+    report = parity.run(None, [backend], [dtype])
     assert report.failures == []
     assert report.refused == {}
     assert {row.what for row in report.rows} == set(RESULTS)
-    assert {row.case for row in report.rows} >= set(INTERPRETED)
+    assert {row.case for row in report.rows} == {case.name for case in CASES if case.applies_to(parity.DTYPES[dtype])}
 
 
 def test_a_right_backend_passes_every_case(monkeypatch):

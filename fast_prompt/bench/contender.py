@@ -27,8 +27,12 @@ class Contender:
 
 
 def backends_for(op: str, call: Call) -> list[str]:
-    """The backends that can take this call; without plain PyTorch, which is a baseline."""
-    return [name for name, reason in refusals(op, call).items() if reason is None and name != "reference"]
+    """The backends that can take this call and are worth timing.
+
+    Plain PyTorch is a baseline, and Triton on a CPU is its interpreter, whose time means nothing.
+    """
+    left_out = {"reference", "triton"} if call.device.type == "cpu" else {"reference"}
+    return [name for name, reason in refusals(op, call).items() if reason is None and name not in left_out]
 
 
 def forced(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
