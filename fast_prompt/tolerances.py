@@ -14,7 +14,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.6e-2,
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """``max|actual - expected| / max|expected|`` in float64.
 
-    Infinity where ``actual`` is not finite but ``expected`` is, or the other way round; equal non-finite values count as equal. For empty tensors, or where both are zero, the error is 0.
+    Infinity where one is finite and the other is not; equal non-finite values count as equal. For empty
+    tensors, or where both are zero, the error is 0.
     """
     if actual.shape != expected.shape:
         raise ValueError(f"actual: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")

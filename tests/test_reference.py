@@ -11,7 +11,7 @@ def random_arguments(n=5, d=6, p=4, dtype=torch.float64, requires_grad=False, se
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_(requires_grad)
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_(requires_grad)
 
     return draw(2, n, d), draw(2, n, d), draw(p, d), draw(p, d), draw()
 

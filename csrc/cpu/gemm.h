@@ -54,6 +54,12 @@ inline int64_t words(int64_t elements) { return (elements + Dot::DEPTH - 1) / Do
 // Where A(i, k) lies: a[i * row + k] (Row-major), or a[k * row + i] (the transpose of a row-major matrix).
 enum class Layout { ROWS, COLUMNS };
 
+// Memory that is wanted after a product, asked for while it runs: two equally long runs of bytes, or none.
+struct Ahead {
+  const char* streams[2];
+  int64_t bytes;
+};
+
 struct Product {
   int64_t rows, columns, depth;  // columns of C, a multiple of LANES; depth in words
   const float* a;
@@ -62,26 +68,55 @@ struct Product {
   float* c;
   int64_t c_stride;
   bool accumulate;
+  Ahead ahead;
+};
+
+// Takes the next `lines` cache lines off what lies ahead; where nothing does, points at `idle` and does not move.
+struct AheadCursor {
+  const char *first, *second;
+  int64_t step;
+
+  AheadCursor(Ahead& ahead, int64_t lines, const void* idle) {
+    step = ahead.bytes > 0 ? 64 : 0;
+    first = step ? ahead.streams[0] : static_cast<const char*>(idle);
+    second = step ? ahead.streams[1] : static_cast<const char*>(idle);
+    ahead.streams[0] += lines * step;
+    ahead.streams[1] += lines * step;
+    ahead.bytes -= lines * step;
+  }
+  void fetch(int64_t line) const {
+    __builtin_prefetch(first + line * step, 0, 2);
+    __builtin_prefetch(second + line * step, 0, 2);
+  }
 };
 
 template <class Dot, Layout layout, int M, int V>
-void register_block(const Product& p, const float* a, const float* b, float* c) {
+void register_block(Product& p, const float* a, const float* b, float* c) {
+  const AheadCursor ahead(p.ahead, p.depth, a);
   const int64_t a_stride = p.a_stride, c_stride = p.c_stride, depth = p.depth;
   Floats sum[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[i][v] = p.accumulate ? load(c + i * c_stride + v * LANES) : Floats{};
+  // One pointer for three rows: x86 can add 0, 1 or 2 row strides in the address, and 12 pointers would spill.
+  constexpr int TRIPLES = (M + 2) / 3;
+  const float* triple[TRIPLES];
+#pragma GCC unroll 4
+  for (int i = 0; i < TRIPLES; ++i) triple[i] = a + 3 * i * a_stride;
   for (int64_t k = 0; k < depth; ++k) {
+    if constexpr (layout == Layout::ROWS) ahead.fetch(k);
     Floats column[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) column[v] = load(b + (k * V + v) * LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Floats value = broadcast(layout == Layout::ROWS ? a[i * a_stride + k] : a[k * a_stride + i]);
+      const Floats value = broadcast(layout == Layout::ROWS ? triple[i / 3][i % 3 * a_stride] : a[k * a_stride + i]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[i][v] = Dot::multiply_add(sum[i][v], value, column[v]);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < TRIPLES; ++i) ++triple[i];
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
@@ -91,7 +126,7 @@ void register_block(const Product& p, const float* a, const float* b, float* c) 
 
 // The register block that has exactly `rows` rows.
 template <class Dot, Layout layout, int V, int M = BLOCK_ROWS>
-void block_of(int64_t rows, const Product& p, const float* a, const float* b, float* c) {
+void block_of(int64_t rows, Product& p, const float* a, const float* b, float* c) {
   if (rows == M) {
     register_block<Dot, layout, M, V>(p, a, b, c);
   } else if constexpr (M > 1) {
@@ -100,7 +135,7 @@ void block_of(int64_t rows, const Product& p, const float* a, const float* b, fl
 }
 
 template <class Dot, Layout layout>
-void multiply_panel(const Product& p, int64_t column, const float* panel) {
+void multiply_panel(Product& p, int64_t column, const float* panel) {
   const bool full = p.columns - column >= PANEL;
   for (int64_t row = 0; row < p.rows; row += BLOCK_ROWS) {
     const float* a = p.a + (layout == Layout::ROWS ? row * p.a_stride : row);
@@ -111,7 +146,7 @@ void multiply_panel(const Product& p, int64_t column, const float* panel) {
 }
 
 template <class Dot, Layout layout>
-void multiply(const Product& p) {
+void multiply(Product p) {
   for (int64_t column = 0; column < p.columns; column += PANEL)
     multiply_panel<Dot, layout>(p, column, p.b + column * p.depth);
 }

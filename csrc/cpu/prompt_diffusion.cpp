@@ -85,13 +85,16 @@ void activate(const PromptDiffusion& problem, float* s) {
   for (int64_t c = 0; c < padded; c += LANES) store(s + c, load(s + c) * factor);
 }
 
-// w of a row of activations whose elements count kept[c] times: dropout has happened once it is multiplied in.
+// w of a row of activations whose elements count kept[c] times; NaN if one of them is NaN.
 float row_weight(const PromptDiffusion& problem, const float* activations, const float* kept) {
   if (!problem.max_weight) return 1.0f;
-  Floats largest = {};
-  for (int64_t c = 0; c < problem.num_prompts; c += LANES)
-    largest = larger(load(activations + c) * load(kept + c), largest);
-  return largest_lane(largest);
+  Floats largest = {}, not_a_number = {};
+  for (int64_t c = 0; c < problem.num_prompts; c += LANES) {
+    const Floats r = load(activations + c) * load(kept + c);
+    largest = larger(r, largest);
+    not_a_number = r == r ? not_a_number : r;
+  }
+  return largest_lane(largest) + sum_of_lanes(not_a_number);
 }
 
 // kept[c] for a row: 0 or 1 / (1 - dropout_p). Without dropout the ones written by keep_all stay.
@@ -229,24 +232,113 @@ const float* as_words(const float* scores, int64_t count, int64_t columns, int64
 
 // ---- Forward ----
 
+// Rows to ask for early: those of `a` from row a_first and of `b` from b_first, where both lie one after another.
+Ahead rows_ahead(const Rows& a, int64_t a_first, const Rows& b, int64_t b_first, int64_t count, int64_t width) {
+  const auto dense = [width](const Rows& rows) {
+    return rows.row_stride == width && rows.batch_stride == width * rows.rows_per_batch;
+  };
+  if (count <= 0 || !dense(a) || !dense(b)) return {};
+  return {{at(a, a_first), at(b, b_first)}, count * width * bytes_of(a.dtype)};
+}
+
 template <class Dot>
 void forward_tile(const PromptDiffusion& problem, const float* keys, const float* prompts, const Rows& output,
                   const Tile& tile, int64_t first, int64_t count) {
-  const int64_t width = problem.width, p = problem.num_prompts;
+  const int64_t width = problem.width, p = problem.num_prompts, next = first + count;
   stage_rows<Dot>(problem.source, first, count, width, tile.source, tile.wide);
   multiply<Dot, Layout::ROWS>({count, packed_columns(p), words<Dot>(width), tile.source, tile.wide, keys,
-                               tile.scores, tile.tall, false});
+                               tile.scores, tile.tall, false,
+                               rows_ahead(problem.source, next, problem.hidden, first, count, width)});
   for (int64_t i = 0; i < count; ++i) {
     draw_dropout(problem, first + i, tile.kept);
     weigh_scores(problem, 1.0f, tile.scores + i * tile.tall, tile.kept);
   }
   const float* weighted = as_words<Dot>(tile.scores, count, p, tile.tall, tile.operand);
   multiply<Dot, Layout::ROWS>({count, packed_columns(width), words<Dot>(p), weighted, tile.tall, prompts,
-                               tile.product, tile.wide, false});
+                               tile.product, tile.wide, false, {}});
   with_storage(output.dtype, [&](auto storage) {
     for (int64_t i = 0; i < count; ++i)
       write_output<decltype(storage)>(tile.product + i * tile.wide, at(problem.hidden, first + i), problem.scale,
                                       width, at(output, first + i));
+  });
+}
+
+// A handful of prompts leaves too little arithmetic to hide packing, padding and staging behind. So their forward
+// reads X and H in place, a few rows at a time, and multiplies straight into and out of registers: at the speed
+// of memory. Keys and prompts are float32 rows, zero rows filling up the last block.
+constexpr int64_t FEW = 8;
+constexpr int FEW_BLOCK = LANES == 16 ? 4 : 2;  // rows, and keys, whose products are summed at the same time
+
+template <class Storage, int R>
+void few_scores(const char* const* source, const float* keys, int64_t stride, int64_t count, int64_t width,
+                float* scores) {
+  for (int64_t first = 0; first < count; first += FEW_BLOCK, keys += FEW_BLOCK * stride) {
+    Floats sum[R][FEW_BLOCK] = {};
+    for_each_vector<Storage>(width, [&](int64_t c, auto load_row, auto) __attribute__((always_inline)) {
+      Floats x[R];
+      for (int i = 0; i < R; ++i) x[i] = load_row(source[i]);
+      for (int j = 0; j < FEW_BLOCK; ++j) {
+        const Floats key = load(keys + j * stride + c);
+        for (int i = 0; i < R; ++i) sum[i][j] += x[i] * key;
+      }
+    });
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < FEW_BLOCK; ++j) scores[i * 2 * FEW + first + j] = sum_of_lanes(sum[i][j]);
+  }
+}
+
+template <class Storage, int R>
+void few_outputs(const float* scores, const float* prompts, int64_t stride, int64_t count,
+                 const char* const* hidden, float scale, int64_t width, char* const* output) {
+  for_each_vector<Storage>(width, [&](int64_t c, auto load_row, auto store_row) __attribute__((always_inline)) {
+    Floats sum[R];
+    for (int i = 0; i < R; ++i) sum[i] = load_row(hidden[i]);
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats prompt = load(prompts + j * stride + c);
+      for (int i = 0; i < R; ++i) sum[i] += prompt * scores[i * 2 * FEW + j];
+    }
+    for (int i = 0; i < R; ++i) store_row(output[i], sum[i] * scale);
+  });
+}
+
+template <class Storage, int R>
+void few_rows(const PromptDiffusion& problem, const float* keys, const float* prompts, int64_t stride,
+              const Rows& output, int64_t first, float* kept) {
+  const char *source[R], *hidden[R];
+  char* target[R];
+  for (int i = 0; i < R; ++i) {
+    source[i] = at(problem.source, first + i);
+    hidden[i] = at(problem.hidden, first + i);
+    target[i] = at(output, first + i);
+  }
+  float scores[R * 2 * FEW];
+  few_scores<Storage, R>(source, keys, stride, problem.num_prompts, problem.width, scores);
+  for (int i = 0; i < R; ++i) {
+    draw_dropout(problem, first + i, kept);
+    weigh_scores(problem, 1.0f, scores + i * 2 * FEW, kept);
+  }
+  few_outputs<Storage, R>(scores, prompts, stride, problem.num_prompts, hidden, problem.scale, problem.width, target);
+}
+
+void forward_few(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+  const int64_t width = problem.width, p = problem.num_prompts, stride = spread_stride(packed_columns(width));
+  float* keys = allocate_floats(runtime, round_up(p, FEW_BLOCK) * stride);
+  float* prompts = allocate_floats(runtime, p * stride);
+  memset(keys, 0, round_up(p, FEW_BLOCK) * stride * sizeof(float));
+  stage_rows<Fp32>(problem.keys, 0, p, width, keys, stride);
+  stage_rows<Fp32>(problem.prompts, 0, p, width, prompts, stride);
+  const Run runs = split_rows(runtime, problem.rows, rows_worth_a_thread(problem));
+  parallel_for(runtime, runs.count, 1, [&](int64_t begin, int64_t end) {
+    float kept[2 * FEW];
+    keep_all(problem, kept);
+    const int64_t last = smaller(problem.rows, end * runs.rows);
+    with_storage(output.dtype, [&](auto storage) {
+      typedef decltype(storage) Storage;
+      int64_t row = begin * runs.rows;
+      for (; row + FEW_BLOCK <= last; row += FEW_BLOCK)
+        few_rows<Storage, FEW_BLOCK>(problem, keys, prompts, stride, output, row, kept);
+      for (; row < last; ++row) few_rows<Storage, 1>(problem, keys, prompts, stride, output, row, kept);
+    });
   });
 }
 
@@ -255,7 +347,7 @@ void forward_with(const PromptDiffusion& problem, const Rows& output, const Runt
   const float* keys = pack_all_transposed<Dot>(runtime, problem.keys, problem.num_prompts, problem.width);
   const float* prompts = pack_all<Dot>(runtime, problem.prompts, problem.num_prompts, problem.width);
   const Run runs = split_rows(runtime, problem.rows, rows_worth_a_thread(problem));
-  const int64_t tile_rows = (problem.num_prompts <= 32 ? 1 : 4) * BLOCK_ROWS;
+  const int64_t tile_rows = 2 * BLOCK_ROWS;
   const int64_t floats = Tile(problem, tile_rows, false).floats;
   float* scratch = allocate_floats(runtime, runs.count * floats);
   parallel_for(runtime, runs.count, 1, [&](int64_t begin, int64_t end) {
@@ -308,7 +400,7 @@ void add_weight_gradient(const PromptDiffusion& problem, const Tile& tile, const
   const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(width);
   const Dtype dtype = Dot::DEPTH == 1 ? Dtype::FLOAT32 : Dtype::BFLOAT16;
   const Rows staged{(char*)rows, dtype, count, 0, tile.wide * Dot::DEPTH};
-  Product product{p, padded, words<Dot>(count), scores, tile.tall, nullptr, sum, tile.wide, accumulate};
+  Product product{p, padded, words<Dot>(count), scores, tile.tall, nullptr, sum, tile.wide, accumulate, {}};
   if constexpr (Dot::DEPTH > 1) {
     const Rows operand{(char*)scores, dtype, count, 0, tile.tall * Dot::DEPTH};
     product.a_stride = packed_columns(p);
@@ -331,7 +423,7 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
   stage_rows<Dot>(problem.source, first, count, width, tile.source, tile.wide);
   stage_rows<Dot>(gradients.grad, first, count, width, tile.grad, tile.wide);
   Product scores{count, padded, words<Dot>(width), tile.source, tile.wide, run.keys_transposed,
-                 tile.scores, tile.tall, false};
+                 tile.scores, tile.tall, false, {}};
   multiply<Dot, Layout::ROWS>(scores);
   if (run.keys_residual) {
     scores.b = run.keys_residual;
@@ -340,7 +432,7 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
   }
   if (needs_score_gradients(gradients))
     multiply<Dot, Layout::ROWS>({count, padded, words<Dot>(width), tile.grad, tile.wide, run.prompts_transposed,
-                                 tile.dscores, tile.tall, false});
+                                 tile.dscores, tile.tall, false, {}});
   for (int64_t i = 0; i < count; ++i) {
     float *s = tile.scores + i * tile.tall, *d = tile.dscores + i * tile.tall;
     draw_dropout(problem, first + i, tile.kept);
@@ -361,7 +453,7 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
     add_weight_gradient<Dot>(problem, tile, dscores, tile.source, count, accumulate, run.keys_sum);
   if (gradients.source.data) {
     multiply<Dot, Layout::ROWS>({count, packed_columns(width), words<Dot>(p), dscores, tile.tall, run.keys,
-                                 tile.product, tile.wide, false});
+                                 tile.product, tile.wide, false, {}});
     with_storage(gradients.source.dtype, [&](auto storage) {
       for (int64_t i = 0; i < count; ++i)
         write_row<decltype(storage)>(tile.product + i * tile.wide, width, at(gradients.source, first + i));
@@ -438,6 +530,7 @@ bool in_bf16(const PromptDiffusion& problem) { return problem.source.dtype == Dt
 #endif
 
 void forward(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+  if (problem.num_prompts <= FEW) return forward_few(problem, output, runtime);
 #if defined(__AVX512BF16__)
   if (in_bf16(problem)) return forward_with<Bf16Pairs>(problem, output, runtime);
 #endif

@@ -53,10 +53,13 @@ inline Floats broadcast(float value) { return value - Floats{}; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Added pairwise: short chains, and compilers turn the halving into shuffles.
 inline float sum_of_lanes(Floats value) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += value[lane];
-  return sum;
+  float part[LANES];
+  store(part, value);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  return part[0];
 }
 
 inline float largest_lane(Floats value) {

@@ -90,7 +90,6 @@ def _refusal(name: str, op: str, call: Call) -> str | None:
     return backend.unavailable() or backend.refuses(op, call)
 
 
-@torch.compiler.assume_constant_result
 def _choose(forced: str | None, op: str, *facts: object) -> str:
     call = Call(*facts)  # type: ignore[arg-type]
     if forced is not None:
@@ -101,6 +100,11 @@ def _choose(forced: str | None, op: str, *facts: object) -> str:
     if chosen == "reference" and call.dtype != torch.float64:
         _report_fallback(op, call)
     return chosen
+
+
+# What torch.compiler.assume_constant_result does, less its import of the whole compiler: the choice depends on
+# guarded constants alone.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def describe(reasons: dict[str, str | None]) -> str:

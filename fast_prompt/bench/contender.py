@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark."""
+"""Who takes part in a benchmark, and what each must compute."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,37 +6,40 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fast_prompt.backends import BACKENDS, refusals, use_backend
-from fast_prompt.ops.explain import CALL_FACTS
-from fast_prompt.parity import Problem
+from fast_prompt.backends import Call, refusals, use_backend
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute an op.
+    """One way to compute something.
 
     Attributes:
         name: of our own it begins with the backend's.
         kind: what we are measured against, or ours.
-        function: takes the op's arguments.
+        function: takes the problem's tensors and options.
+        definition: what ``function`` must agree with, given the same in float64.
     """
 
     name: str
     kind: Literal["baseline", "ours"]
     function: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
 
 
-def ours(op: Callable[..., Tensor], problem: Problem) -> list[Contender]:
-    """Every backend that can take this call, through the public face; plain PyTorch is a baseline, so not here."""
-    reasons = refusals(op.__name__, CALL_FACTS[op.__name__](*problem.tensors.values()))
-    return [
-        Contender(name, "ours", _forced(op, name)) for name in BACKENDS if name != "reference" and reasons[name] is None
-    ]
+def backends_for(op: str, call: Call) -> list[str]:
+    """The backends that can take this call and are worth timing.
+
+    Plain PyTorch is a baseline, and Triton on a CPU is its interpreter, whose time means nothing.
+    """
+    left_out = {"reference", "triton"} if call.device.type == "cpu" else {"reference"}
+    return [name for name, reason in refusals(op, call).items() if reason is None and name not in left_out]
 
 
-def _forced(op: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def forced(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """``function`` with every op in it on ``backend``, or an error."""
+
     def call(*tensors: Tensor, **options: Any) -> Tensor:
         with use_backend(backend):
-            return op(*tensors, **options)
+            return function(*tensors, **options)
 
     return call

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fast_prompt.bench.timing import Timing
 
 SQUARE = {"cpu": 1024, "cuda": 8192}
-COPY_BYTES = 256 * 2**20  # larger than the caches of most processors
+COPY_BYTES = 512 * 2**20  # read and written; larger than the caches of most processors
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,19 @@ class Rates:
         return max(flops / self.flops, traffic / self.bytes)
 
 
-def probes(dtype: torch.dtype, device: torch.device, products: Iterable[tuple[int, int, int]]) -> dict[str, Probe]:
+def probes(
+    dtype: torch.dtype, device: torch.device, products: Iterable[tuple[int, int, int]], traffic: int
+) -> dict[str, Probe]:
     """Products of large squares and of the op's own shapes; copies of a large tensor and of one of the op's size.
 
-    The op's own sizes are there so that a floor is one: a small tensor stays in the cache and copies faster. For
-    half types float32 products are there too: where the processor multiplies those faster, so may a kernel.
+    The op's own sizes are there so that a floor is one: what fits the cache is copied faster. For half types float32
+    products are there too: where the processor multiplies those faster, so may a kernel.
 
     Args:
         dtype: of the op's activations.
         device: where the op runs.
         products: (m, k, n) of the op's own matrix products.
+        traffic: bytes the op must read and write.
     """
     side = SQUARE[device.type]
     shapes = [(side, side, side), *products]
@@ -57,9 +59,7 @@ def probes(dtype: torch.dtype, device: torch.device, products: Iterable[tuple[in
         for operand in dict.fromkeys((dtype, torch.float32))
         for m, k, n in shapes
     }
-    rows, width, _ = shapes[1]
-    copies = (COPY_BYTES // dtype.itemsize, rows * width)
-    return found | {f"copy {size}": _copy(size, dtype, device) for size in copies}
+    return found | {f"copy {size} bytes": _copy(size, device) for size in (COPY_BYTES, traffic)}
 
 
 def rates(probed: Mapping[str, Probe], timings: Mapping[str, Timing]) -> Rates:
@@ -76,7 +76,8 @@ def _product(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -
     return Probe(lambda: torch.mm(left, right, out=output), flops=2 * m * k * n)
 
 
-def _copy(size: int, dtype: torch.dtype, device: torch.device) -> Probe:
-    source: Tensor = torch.zeros(size, device=device, dtype=dtype)
-    target = torch.empty_like(source).zero_()
-    return Probe(lambda: target.copy_(source), bytes=2 * size * dtype.itemsize)
+def _copy(traffic: int, device: torch.device) -> Probe:
+    """Reads and writes ``traffic`` bytes between them."""
+    source = torch.zeros(traffic // 2, device=device, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    return Probe(lambda: target.copy_(source), bytes=2 * len(source))

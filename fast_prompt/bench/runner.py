@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fast_prompt import reference
-from fast_prompt.bench import machine, prompt_diffusion
+from fast_prompt.bench import apt_model, machine, prompt_diffusion
 from fast_prompt.bench.contender import Contender
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Rates, probes, rates
@@ -16,8 +15,9 @@ from fast_prompt.bench.timing import Timing, interleave, stopwatch_for
 from fast_prompt.parity import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
-# Each module has SHAPE_KEYS, DEFAULT_SHAPES, PARAMETERS, and problem, products, flops, traffic, contenders.
-OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion}
+# Each module has SHAPE_KEYS, LARGEST, DEFAULT_SHAPES, PASSES and PARAMETERS, and the functions problem, products,
+# flops, traffic and contenders.
+OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion, "apt_model": apt_model}
 PASSES = ("fwd", "fwdbwd")
 
 Shape = Mapping[str, int]
@@ -59,17 +59,28 @@ class Row:
         return {key: row[key] for key in keys + ("saved_bytes",) * with_saved_bytes}
 
 
+class Raised(NamedTuple):
+    """A contender that raised instead of computing: it is not timed."""
+
+    contender: str
+    kind: str
+    setting: str
+    message: str
+
+
 @dataclass
 class Report:
-    """All rows, and the machine they hold for."""
+    """All rows, the machine they hold for, and the contenders that raised instead of computing."""
 
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    raised: list["Raised"] = field(default_factory=list)
 
     @property
-    def failures(self) -> list[Row]:
-        """Our contenders that do not compute the op."""
-        return [row for row in self.rows if row.kind == "ours" and row.failure]
+    def ok(self) -> bool:
+        """Whether every contender of ours computes the op."""
+        failed = [row.kind for row in self.rows if row.failure] + [entry.kind for entry in self.raised]
+        return "ours" not in failed
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,17 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.op} {format_shape(self.shape)} {self.dtype} {self.pass_name}"
+
+
+def check_shape(op: str, shape: Shape) -> Shape:
+    """The sizes in the op's own order; ValueError where one is missing, unknown or too large."""
+    keys, largest = OPS[op].SHAPE_KEYS, OPS[op].LARGEST
+    if set(shape) != set(keys):
+        raise ValueError(f"{op} has the sizes {','.join(keys)}, got {','.join(shape)}")
+    for key, limit in largest.items():
+        if shape[key] > limit:
+            raise ValueError(f"{key}: expected at most {limit}, got {shape[key]}")
+    return {key: shape[key] for key in keys}
 
 
 def format_shape(shape: Shape) -> str:
@@ -118,29 +140,57 @@ def run(
     report = Report(machine.describe(device) | {"rounds": rounds, "gemm_gflops": {}, "copy_gib_s": 0.0})
     settings = [Setting(op, shape, dtype, name) for shape in shapes for dtype in dtypes for name in passes]
     for setting in settings:
-        rows, best = measure(setting, device, rounds, progress(setting))
+        rows, best, raised = measure(setting, device, rounds, progress(setting))
         report.rows += rows
+        report.raised += raised
         products = report.machine["gemm_gflops"]
         products[setting.dtype] = max(products.get(setting.dtype, 0.0), best.flops / 1e9)
         report.machine["copy_gib_s"] = max(report.machine["copy_gib_s"], best.bytes / 2**30)
     return report
 
 
-def measure(setting: Setting, device: torch.device, rounds: int, progress: Progress = iter) -> tuple[list[Row], Rates]:
-    """Checks, then times, all contenders of one setting; returns their rows and the machine's best rates."""
+def measure(
+    setting: Setting, device: torch.device, rounds: int, progress: Progress = iter
+) -> tuple[list[Row], Rates, list[Raised]]:
+    """Checks, then times, all contenders of one setting.
+
+    Returns:
+        Their rows, the machine's best rates, and the contenders that raised.
+    """
     torch._dynamo.reset()  # a shape is compiled for itself, as if it were the only one
     op, dtype = OPS[setting.op], DTYPES[setting.dtype]
     problem = op.problem(setting.shape, dtype, device)
-    expected = evaluate(getattr(reference, setting.op), problem.double(), setting.backward)
-    contenders = op.contenders(setting.shape, dtype, device, setting.backward)
-    failures = {entry.name: _failure(entry, problem, expected, setting) for entry in contenders}
-    probed = probes(dtype, device, op.products(setting.shape))
+    everyone = op.contenders(setting.shape, dtype, device, setting.backward)
+    failures, raised = _check(everyone, problem, setting)
+    contenders = [entry for entry in everyone if entry.name in failures]
+    traffic = op.traffic(setting.shape, dtype, setting.backward)
+    probed = probes(dtype, device, op.products(setting.shape), traffic)
     calls = {entry.name: call(entry, problem, setting.backward) for entry in contenders}
     functions = calls | {name: probe.function for name, probe in probed.items()}
     timings = interleave(functions, stopwatch_for(device), rounds, progress)
     best = rates(probed, timings)
     saved = {entry.name: saved_bytes(entry.function, problem, op.PARAMETERS) for entry in contenders * setting.backward}
-    return _rows(setting, contenders, timings, failures, best, saved), best
+    return _rows(setting, contenders, timings, failures, best, saved), best, raised
+
+
+def _check(contenders: Sequence[Contender], problem: Problem, setting: Setting) -> tuple[dict[str, str], list[Raised]]:
+    """By name, which results are too far from float64 (empty if none); and who raised instead of computing."""
+    wide = problem.double()
+    definitions = {entry.definition for entry in contenders}
+    expected = {definition: evaluate(definition, wide, setting.backward) for definition in definitions}
+    tolerance = TOLERANCES[DTYPES[setting.dtype]]
+    failures: dict[str, str] = {}
+    raised: list[Raised] = []
+    for entry in contenders:
+        try:
+            errors = compare(evaluate(entry.function, problem, setting.backward), expected[entry.definition])
+        except Exception as error:  # one contender's failure, such as no compiler here; the others still run
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            raised.append(Raised(entry.name, entry.kind, str(setting), message))
+            continue
+        large = {name: error for name, error in errors.items() if error > tolerance}
+        failures[entry.name] = ", ".join(f"{name} {error:.1e} > {tolerance:.1e}" for name, error in large.items())
+    return failures, raised
 
 
 def call(contender: Contender, problem: Problem, backward: bool) -> Callable[[], object]:
@@ -160,13 +210,6 @@ def call(contender: Contender, problem: Problem, backward: bool) -> Callable[[],
         return torch.autograd.grad(output, trained, problem.grad)
 
     return forward_and_backward
-
-
-def _failure(contender: Contender, problem: Problem, expected: dict[str, torch.Tensor], setting: Setting) -> str:
-    """The results outside the tolerance, with their errors; empty if there are none."""
-    errors = compare(evaluate(contender.function, problem, setting.backward), expected)
-    tolerance = TOLERANCES[DTYPES[setting.dtype]]
-    return ", ".join(f"{name} {error:.1e} > {tolerance:.1e}" for name, error in errors.items() if error > tolerance)
 
 
 def _rows(

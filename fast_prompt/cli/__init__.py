@@ -1,6 +1,6 @@
 """The command line, ``fast-prompt``: one file a command, each with ``add_parser(subparsers)`` and ``run(args) -> int``.
 
-Exit codes: 0 all well, 1 a check failed or something needed is missing, 2 wrong arguments.
+Exit codes: 0 all well, 1 a check failed or something needed is missing, 2 wrong arguments, 130 interrupted.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import NoReturn
 from fast_prompt import __version__
 from fast_prompt.cli.output import note
 
+INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
 COMMANDS = ("demo", "parity", "bench", "info")
 
 EXAMPLES = """\
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ModuleNotFoundError as error:
         return _report_missing(error, args)
+    except KeyboardInterrupt:
+        note("interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

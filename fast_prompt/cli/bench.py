@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ examples:
   fast-prompt bench --op prompt_diffusion
   fast-prompt bench --op prompt_diffusion --shape B=8,n=237,d=768,p=200 --dtype bf16 --pass fwd
   fast-prompt bench --op prompt_diffusion --shape B=1,n=50,d=512,p=16 --shape B=1,n=50,d=512,p=64 --json
+  fast-prompt bench --op apt_model --shape B=8,n=185,p=200,layers=4 --rounds 10
 
 All contenders run in turn, round by round. speedup is the best baseline's median over this one's; no speed-up is
 given, and the exit code is 1, where a backend's results are not within the tolerance at that very shape. floor is
@@ -37,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     add("--op", choices=list(bench.OPS), required=True, help="what to time")
     add("--shape", type=_shape, action="append", metavar="K=V,...", help="such as B=8,n=237,d=768,p=200 (repeatable)")
     add("--dtype", choices=list(DTYPES), action="append", help="default fp32 (repeatable)")
-    add("--pass", choices=bench.PASSES, action="append", dest="passes", help="default both (repeatable)")
+    add("--pass", choices=bench.PASSES, action="append", dest="passes", help="default all that the op has (repeatable)")
     add("--device", type=_device, default=_default_device(), help="default %(default)s")
     add("--rounds", type=_rounds, default=30, help="samples of each contender (default %(default)s)")
     add("--saved-bytes", action="store_true", help="add saved_bytes to the JSON: what is kept for the backward")
@@ -47,16 +49,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns 1 if one of our contenders fails parity."""
-    op = bench.OPS[args.op]
-    shapes = args.shape or op.DEFAULT_SHAPES
-    for shape in shapes:
-        if set(shape) != set(op.SHAPE_KEYS):
-            args.fail(f"argument --shape: {args.op} has the sizes {','.join(op.SHAPE_KEYS)}, got {','.join(shape)}")
-    shapes = [{key: shape[key] for key in op.SHAPE_KEYS} for shape in shapes]
+    try:
+        shapes = [bench.check_shape(args.op, shape) for shape in args.shape or bench.OPS[args.op].DEFAULT_SHAPES]
+    except ValueError as error:
+        args.fail(f"argument --shape: {error}")
+    passes = args.passes or bench.OPS[args.op].PASSES
+    if unknown := set(passes) - set(bench.OPS[args.op].PASSES):
+        args.fail(f"argument --pass: {args.op} has no {', '.join(unknown)}")
     with contextlib.redirect_stdout(sys.stderr):  # compilers may print
-        report = bench.run(
-            args.op, shapes, args.dtype or ["fp32"], args.passes or bench.PASSES, args.device, args.rounds, _progress
-        )
+        report = bench.run(args.op, shapes, args.dtype or ["fp32"], passes, args.device, args.rounds, _progress)
     if args.json:
         emit_json({"machine": report.machine, "rows": [row.as_json(args.saved_bytes) for row in report.rows]})
     else:
@@ -65,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         if row.failure:
             where = f"{row.contender}, {row.shape}, {row.dtype}, {row.pass_name}"
             note(f"no speed-up for {where}: parity fails: {row.failure}")
-    return int(bool(report.failures))
+    for entry in report.raised:
+        note(f"not run: {entry.contender}, {entry.setting}: {entry.message}")
+    return int(not report.ok)
 
 
 def _progress(setting: bench.Setting) -> bench.Progress:
@@ -83,17 +86,20 @@ def _print_tables(report: bench.Report) -> None:
         groups.setdefault((row.op, row.shape, row.dtype, row.pass_name), []).append(row)
     for title, rows in groups.items():
         print(f"\n{' '.join(title)}, floor {rows[0].floor_ms:.3f} ms")
-        headers = ["contender", "kind", "ms", "spread", "speedup", "x floor", "% of GEMM", "saved MiB"]
-        emit_table(headers, [_cells(row) for row in rows])
+        headers = ["contender", "kind", "ms", "spread", "speedup", "x ours", "x floor", "% of GEMM", "saved MiB"]
+        our_best = min((row.ms for row in rows if row.kind == "ours"), default=math.nan)
+        emit_table(headers, [_cells(row, our_best) for row in rows])
 
 
-def _cells(row: bench.Row) -> list[str]:
+def _cells(row: bench.Row, our_best: float) -> list[str]:
+    """``x ours``: how many times as long as the fastest of ours."""
     return [
         row.contender,
         row.kind,
         f"{row.ms:.3f}",
         f"{row.spread:.0%}",
         "-" if row.speedup is None else f"{row.speedup:.2f}x",
+        "-" if math.isnan(our_best) else f"{row.ms / our_best:.2f}",
         f"{row.ms / row.floor_ms:.2f}",
         f"{row.gemm_share:.0%}",
         "-" if row.saved_bytes is None else f"{row.saved_bytes / 2**20:.1f}",

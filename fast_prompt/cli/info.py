@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fast_prompt.backends import BACKENDS
+from fast_prompt.backends import BACKENDS, cpu
 from fast_prompt.bench import machine
 from fast_prompt.cli.output import emit_json
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         "devices": machine.devices(),
         "cpu": machine.cpu(),
         "backends": {name: _availability(name) for name in BACKENDS},
-        "build": _build(),
+        "build": cpu.build_info(),
     }
     if args.json:
         emit_json(facts)
@@ -48,12 +48,6 @@ def _availability(name: str) -> dict[str, Any]:
     return {"available": reason is None, "reason": reason}
 
 
-def _build() -> dict[str, Any]:
-    """How the compiled library was made; where there is none, why."""
-    reason = BACKENDS["cpu"].unavailable()
-    return BACKENDS["cpu"].build_info() if reason is None else {"missing": reason}
-
-
 def _print(facts: dict[str, Any]) -> None:
     _section("versions", {name: version or "none" for name, version in facts["versions"].items()})
     _section("devices", {device["device"]: device["name"] for device in facts["devices"]})
@@ -65,4 +59,5 @@ def _print(facts: dict[str, Any]) -> None:
 def _section(title: str, lines: dict[str, Any]) -> None:
     print(title)
     for name, value in lines.items():
-        print(f"  {name:<14} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        # Of a dictionary the keys are enough for a person; --json has it all.
+        print(f"  {name:<16} {' '.join(map(str, value)) if isinstance(value, (list, dict)) else value}")

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         _print_table(report.rows)
     for (op, backend), reason in report.refused.items():
         note(f"not run: {op} on {backend}: {reason}")
+    for call, message in report.raised.items():
+        note(f"RAISED: {' '.join(call)}: {message}")
     for row in report.failures:
         where = f"{row.op} on {row.backend}, {row.dtype}, {row.case}, {row.what}"
         note(f"FAILED: {where}: {row.error:.2e} > {row.tolerance:.1e}")

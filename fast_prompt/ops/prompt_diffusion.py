@@ -1,11 +1,9 @@
 """The face of ``prompt_diffusion``: checks the call, chooses a backend, runs it under autograd."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fast_prompt import reference
 from fast_prompt.backends import BACKENDS, Call, choose
@@ -161,8 +159,12 @@ class _PromptDiffusion(torch.autograd.Function):
         return torch.ops.fast_prompt.prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, *options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "prompt_diffusion: its kernels have no second derivatives (create_graph=True); "
+                'with fast_prompt.use_backend("reference"): has'
+            )
         needs = ctx.needs_input_grad[:5]
         grads = torch.ops.fast_prompt.prompt_diffusion_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
         seed_and_options = (None,) * 5
@@ -210,21 +212,3 @@ _library.impl("prompt_diffusion", _run, "CompositeExplicitAutograd")
 _library.impl("prompt_diffusion_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fast_prompt::prompt_diffusion", _fake, lib=_library)
 torch.library.register_fake("fast_prompt::prompt_diffusion_backward", _fake_backward, lib=_library)
-
-
-@register_flop_formula(torch.ops.fast_prompt.prompt_diffusion)
-def _flops(hidden_shape: Any, source_shape: Any, prompts_shape: Any, *_: Any, **__: Any) -> int:
-    """Two products of 2·M·p·d each."""
-    return 4 * math.prod(hidden_shape) * prompts_shape[0]
-
-
-@register_flop_formula(torch.ops.fast_prompt.prompt_diffusion_backward)
-def _flops_backward(
-    grad_shape: Any, hidden_shape: Any, source_shape: Any, prompts_shape: Any, *args: Any, **__: Any
-) -> int:
-    """S again, then one product for each of dR (which dX, dK and the scale need), dX, dP and dK."""
-    _, need_source, need_prompts, need_keys, need_scale = args[-1]
-    need_scores = need_source or need_prompts or need_keys or need_scale
-    need_score_gradient = need_source or need_keys or need_scale
-    products = need_scores + need_score_gradient + need_source + need_prompts + need_keys
-    return 2 * products * math.prod(grad_shape) * prompts_shape[0]

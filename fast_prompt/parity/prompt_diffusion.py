@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ CASES = (
 def build(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
     """The case's arguments: the same numbers on every device."""
     weight_dtype = torch.float32 if case.wide_weights else dtype
-    problem = draw(case.rows, case.width, case.num_prompts, dtype, weight_dtype, case.activation)
+    problem = draw(case.rows, case.width, case.num_prompts, dtype, weight_dtype, case.activation, case.row_weight)
     tensors = {"grad": problem.grad, **problem.tensors}
     tensors = ARRANGEMENTS[case.arrangement]({name: tensor.to(device) for name, tensor in tensors.items()})
     options = {"activation": case.activation, "row_weight": case.row_weight, "dropout_p": case.dropout_p}
@@ -102,6 +103,7 @@ def draw(
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     activation: str = "relu",
+    row_weight: str = "max",
     seed: int = 0,
 ) -> Problem:
     """Random arguments on the CPU, scaled so that an error in any part of the op shows in its results.
@@ -119,10 +121,11 @@ def draw(
     grad = (normal(*rows, width) + hidden / 2).to(dtype)
     keys = (normal(num_prompts, width) / width**0.5).to(weight_dtype)
     source = _away_from_kinks(normal(*rows, width).to(dtype), keys, generator)
+    options: dict[str, Any] = {"activation": activation, "row_weight": row_weight}
     prompts, log_scale = normal(num_prompts, width), torch.tensor(0.3)
-    prompts = (prompts / _diffusion_size(source, prompts, keys, activation)).to(weight_dtype)
+    prompts = (prompts / _diffusion_size(source, prompts, keys, options)).to(weight_dtype)
     tensors = dict(zip(ARGUMENTS, (hidden, source, prompts, keys, log_scale), strict=True))
-    return Problem(tensors, grad, {"activation": activation}, ARGUMENTS)
+    return Problem(tensors, grad, options, ARGUMENTS)
 
 
 def _away_from_kinks(source: Tensor, keys: Tensor, generator: torch.Generator) -> Tensor:
@@ -137,10 +140,10 @@ def _away_from_kinks(source: Tensor, keys: Tensor, generator: torch.Generator) -
         rows[unsure] = torch.randn(int(unsure.sum()), rows.shape[-1], generator=generator).to(rows.dtype)
 
 
-def _diffusion_size(source: Tensor, prompts: Tensor, keys: Tensor, activation: str) -> float:
+def _diffusion_size(source: Tensor, prompts: Tensor, keys: Tensor, options: dict[str, Any]) -> float:
     """Root mean square of ``w * (R @ prompts)``, or 1 where there is none."""
-    x, p, k = source.float(), prompts.float(), keys.float()
-    diffusion = reference.prompt_diffusion(torch.zeros_like(x), x, p, k, torch.tensor(0.0), activation=activation)
+    x, p, k, zero = source.float(), prompts.float(), keys.float(), torch.tensor(0.0)
+    diffusion = reference.prompt_diffusion(torch.zeros_like(x), x, p, k, zero, **options)
     return float(diffusion.square().mean().sqrt().nan_to_num()) or 1.0
 
 

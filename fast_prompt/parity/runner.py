@@ -39,11 +39,13 @@ class Report:
 
     Attributes:
         rows: the comparisons.
-        refused: for each (op, backend) that could not run every case, why.
+        refused: for each (op, backend) that could not take every case, why.
+        raised: by (op, backend, dtype, case), what a backend raised there; its rows have an infinite error.
     """
 
     rows: list[Row] = field(default_factory=list)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
+    raised: dict[tuple[str, str, str, str], str] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[Row]:
@@ -87,9 +89,13 @@ def run(
             if problem is None:
                 report.refused.setdefault((op, backend), reason)
                 continue
-            with use_backend(backend), _poisoned_memory():
-                actual = evaluate(getattr(ops, op), problem)
-            report.rows += _rows(op, backend, dtype, case.name, compare(actual, expected))
+            try:
+                with use_backend(backend), _poisoned_memory():
+                    errors = compare(evaluate(getattr(ops, op), problem), expected)
+            except Exception as error:  # a backend's failure, whatever it is; the other cases must still run
+                report.raised[op, backend, dtype, case.name] = f"{type(error).__name__}: {error}"
+                errors = dict.fromkeys(expected, float("inf"))
+            report.rows += _rows(op, backend, dtype, case.name, errors)
     return report
 
 

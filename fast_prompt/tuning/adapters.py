@@ -11,13 +11,19 @@ CHILD = "fast_prompt"
 class SiteAdapters(nn.ModuleDict):
     """The adapters of one site by name; ``forward`` runs the active one, or hands ``hidden`` on when none is.
 
+    Args:
+        host: the module that they become a child of.
+
     Attributes:
         active: name of the adapter in use, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: nn.Module) -> None:
         super().__init__()
         self.active: str | None = None
+        self.train(host.training)
+        if isinstance(host, nn.MultiheadAttention):
+            self.register_forward_hook(_no_op)
 
     def activate(self, name: str | None) -> None:
         """Use the adapter ``name``; none when it is None or has nothing at this site."""
@@ -28,6 +34,10 @@ class SiteAdapters(nn.ModuleDict):
         if self.active is None:
             return hidden
         return self[self.active](hidden, source)
+
+
+def _no_op(*_: object) -> None:
+    """In inference, torch's TransformerEncoderLayer skips its attention's forward unless some child has a hook."""
 
 
 class SavedModules(nn.Module):

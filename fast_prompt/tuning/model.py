@@ -37,6 +37,10 @@ from fast_prompt.tuning.state import (
 # The model's child that keeps modules_to_save out of use.
 SAVED = "fast_prompt_modules"
 
+# ``transformers``' own sign that adapters sit in a frozen model: it then trains quantized bases, and lets gradients
+# into the first block when gradient checkpointing is reentrant (which otherwise would cut every adapter off).
+HAS_ADAPTERS = "_hf_peft_config_loaded"
+
 # ``Trainer`` saves into directories of this name, and takes up training again only from files of that one.
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_WEIGHTS_NAME = "model.safetensors"
@@ -84,6 +88,9 @@ def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
     model.__class__ = _adapted_class(type(model))
     assert isinstance(model, FastPromptModel)
     model._fast_prompt = state
+    if hasattr(model, HAS_ADAPTERS) and HAS_ADAPTERS not in model.__dict__:
+        setattr(model, HAS_ADAPTERS, True)
+        state.own_attributes.append(HAS_ADAPTERS)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model._attach(adapter_name, draft)
@@ -210,7 +217,8 @@ class FastPromptModel(nn.Module):
             self._detach(name)
         if hasattr(self, SAVED):
             delattr(self, SAVED)
-        del self._fast_prompt
+        for attribute in (*state.own_attributes, "_fast_prompt"):
+            delattr(self, attribute)
         self.__class__ = self._fast_prompt_base_class  # type: ignore[assignment]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(state.requires_grad[name])
@@ -399,7 +407,7 @@ class FastPromptModel(nn.Module):
         for site, module in draft.sites:
             host = self.get_submodule(site.host)
             if not hasattr(host, CHILD):
-                setattr(host, CHILD, SiteAdapters().train(host.training))
+                setattr(host, CHILD, SiteAdapters(host))
                 self._replace_host(site)
             module.train(host.training).requires_grad_(False)
             self._adapters(site)[name] = module

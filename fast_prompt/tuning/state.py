@@ -25,6 +25,7 @@ class AdapterState:
         sites: each adapter's sites, by name.
         active: the adapter in use while adapters are enabled.
         enabled: False inside ``disable_adapter()``.
+        own_attributes: names of plain attributes set on the model, for ``revert`` to delete.
         folded: the paths whose forward is replaced while the model is folded; empty otherwise.
     """
 
@@ -34,6 +35,7 @@ class AdapterState:
     configs: dict[str, MethodConfig] = field(default_factory=dict)
     sites: dict[str, list[Site]] = field(default_factory=dict)
     enabled: bool = True
+    own_attributes: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
 
 

@@ -1,0 +1,110 @@
+"""The frozen base: a small vision transformer that has only ever seen the digits 0 to 4.
+
+Five easy classes alone teach a network little that helps with other digits. So it learns to tell both the digit and
+which of the square's eight symmetries was applied to the image (as in arXiv 1803.07728, where rotations are told
+apart): forty classes out of the same images.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from fast_prompt.demo.digits import IMAGE_SIZE, Images, load_splits
+from fast_prompt.demo.settings import Settings
+from fast_prompt.demo.training import HEAD, Schedule, accuracy, fit, logits
+
+OLD_DIGITS = (0, 1, 2, 3, 4)
+TRAIN_PER_CLASS = 140
+BATCH_SIZE = 64
+SYMMETRIES = 8
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained weights' file, and the share of unseen upright images of the old digits that they get right."""
+
+    path: Path
+    accuracy: float
+    was_cached: bool
+
+
+def pretrained(directory: Path, settings: Settings, seed: int, on_step: Callable[[], object]) -> Base:
+    """Pretrains the base into `directory`, or takes the one there that the same settings and seed made."""
+    path = directory / f"base-{_fingerprint(settings, seed)}.safetensors"
+    old = load_splits(OLD_DIGITS, TRAIN_PER_CLASS, 0, seed)
+    was_cached = path.exists()
+    if not was_cached:
+        torch.manual_seed(seed)
+        model = new_vit(settings, len(OLD_DIGITS) * SYMMETRIES)
+        schedule = Schedule(
+            settings.pretraining_steps, BATCH_SIZE, rate=settings.pretraining_rate, head_rate=settings.pretraining_rate
+        )
+        fit(model, in_all_symmetries(old.train), schedule, seed, on_step)
+        _save(model, path)
+    scores = logits(load(path, settings), old.test.pixels)
+    upright = scores[:, : len(OLD_DIGITS)]  # symmetry 0 leaves an image as it is
+    return Base(path, accuracy(upright, old.test.labels), was_cached)
+
+
+def in_all_symmetries(images: Images) -> Images:
+    """Every image under the square's eight symmetries; symmetry s of digit i of n is the class n*s + i."""
+    classes = int(images.labels.max()) + 1
+    turned = [torch.rot90(images.pixels, quarter, (-2, -1)) for quarter in range(4)]
+    flipped = [pixels.flip(-1) for pixels in turned]
+    labels = [images.labels + classes * symmetry for symmetry in range(SYMMETRIES)]
+    return Images(torch.cat(turned + flipped), torch.cat(labels), images.positions.repeat(SYMMETRIES))
+
+
+def new_vit(settings: Settings, num_labels: int) -> Any:
+    """A `transformers` ViTForImageClassification for [B, 1, 8, 8] pixels, with random weights."""
+    config = ViTConfig(
+        hidden_size=settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=4 * settings.width,
+        image_size=IMAGE_SIZE,
+        patch_size=settings.patch_size,
+        num_channels=1,
+        num_labels=num_labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config)
+
+
+def load(path: Path, settings: Settings) -> Any:
+    """The pretrained model as it was saved, its forty classes included."""
+    model = new_vit(settings, len(OLD_DIGITS) * SYMMETRIES)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def frozen_base(path: Path, settings: Settings, num_labels: int, seed: int) -> Any:
+    """The pretrained model with a new classifier of `num_labels`, drawn from `seed`, for its own; nothing trains."""
+    model = load(path, settings)
+    torch.manual_seed(seed)
+    setattr(model, HEAD, nn.Linear(settings.width, num_labels))
+    model.config.num_labels = model.num_labels = num_labels
+    return model.requires_grad_(False)
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """Written beside its place and then moved there, so that a run cut short leaves no broken file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(model.state_dict(), unfinished)
+    unfinished.replace(path)
+
+
+def _fingerprint(settings: Settings, seed: int) -> str:
+    """Of all that decides the pretrained weights."""
+    model = (settings.width, settings.layers, settings.heads, settings.patch_size)
+    pretraining = (settings.pretraining_steps, settings.pretraining_rate, TRAIN_PER_CLASS, BATCH_SIZE, seed)
+    return hashlib.sha256(repr((model, pretraining, torch.__version__)).encode()).hexdigest()[:12]

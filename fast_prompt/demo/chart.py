@@ -1,0 +1,154 @@
+"""The picture of a run: accuracy against trained parameters, milliseconds, and the digits that methods disagree on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fast_prompt.demo.digits import Images
+from fast_prompt.demo.report import Results, Row
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Rows not named here are forms of those that are.
+COLORS = {"Linear probe": "#666666", "Deep prompt tuning": "#009E73", "LoRA": "#0072B2", "APT": "#D55E00"}
+INK, SOFT, FAINT = "#222222", "#666666", "#A6A6A6"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.5,
+    "axes.titlepad": 12,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+LEFT, RIGHT = 0.07, 0.97  # the text's margins, shares of the figure's width
+SAMPLES = 16
+LABEL_GAP = 0.13  # least distance of two labels, share of the axes' height
+
+
+def draw(
+    results: Results,
+    test: Images,
+    predictions: Mapping[str, Tensor],
+    classes: Sequence[int],
+    train_images: int,
+    path: Path,
+) -> None:
+    """Draws the chart.
+
+    Args:
+        results: the rows to draw.
+        test: the test images.
+        predictions: labels [len(test)] by row name.
+        classes: the digit that each label stands for.
+        train_images: how many every method trained on.
+        path: of the PNG.
+    """
+    trained = [row for row in results.rows if row.method in COLORS]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 8.4), dpi=150, facecolor="white")
+        figure.text(LEFT, 0.945, "A frozen vision transformer that knows 0 to 4 learns 5 to 9", size=18, weight="bold")
+        images = f"Real handwritten digits of 8 × 8 pixels; {train_images} to train on, {len(test)} to test once"
+        figure.text(LEFT, 0.908, images, size=11.5, color=SOFT)
+        panels = figure.add_gridspec(
+            2, 2, left=LEFT, right=RIGHT, top=0.83, bottom=0.43, width_ratios=(1, 1.12), wspace=0.85, hspace=0.5
+        )
+        _draw_accuracy(figure.add_subplot(panels[:, 0]), trained, len(test))
+        _draw_bars(figure.add_subplot(panels[0, 1]), trained, "step_ms", "Training step, ms")
+        _draw_bars(figure.add_subplot(panels[1, 1]), results.rows, "infer_ms", "Inference batch, ms")
+        _draw_samples(figure.add_axes((LEFT, 0.035, RIGHT - LEFT, 0.27)), test, predictions, classes)
+        figure.savefig(path)
+
+
+def _draw_accuracy(axes: Any, rows: Sequence[Row], images: int) -> None:
+    """One dot a method, labelled at the right; the labels are moved apart where they would touch."""
+    percents = [100 * row.accuracy for row in rows]
+    errors = [math.sqrt(percent * (100 - percent) / images) for percent in percents]
+    for row, percent, error in zip(rows, percents, errors, strict=True):
+        axes.errorbar(row.trainable_params, percent, error, color=COLORS[row.method], marker="o", markersize=11)
+    low = min(percent - error for percent, error in zip(percents, errors, strict=True))
+    high = max(percent + error for percent, error in zip(percents, errors, strict=True))
+    margin = 0.08 * (high - low)
+    axes.set_ylim(low - margin, min(100, high + margin))
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title("Test accuracy, % (bars: one standard error)")
+    axes.set_xlabel("trained parameters, the new classifier's included")
+    axes.grid(axis="y", color="#EBEBEB")
+    axes.set_axisbelow(True)
+
+    bottom, top = axes.get_ylim()
+    heights = spread([(percent - bottom) / (top - bottom) for percent in percents])
+    for row, percent, height in zip(rows, percents, heights, strict=True):
+        axes.annotate(
+            f"{row.method}\n{percent:.1f}",
+            xy=(row.trainable_params, percent),
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            color=COLORS[row.method],
+            weight="bold",
+            arrowprops={"arrowstyle": "-", "color": COLORS[row.method], "linewidth": 0.7, "alpha": 0.6, "shrinkB": 7},
+        )
+
+
+def spread(heights: Sequence[float]) -> list[float]:
+    """The same heights in the same order, pushed up where two are closer than `LABEL_GAP`, and no higher than 1."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    spread = list(heights)
+    for below, above in zip(order, order[1:], strict=False):
+        spread[above] = max(spread[above], spread[below] + LABEL_GAP)
+    limit = 1.0
+    for index in reversed(order):
+        spread[index] = min(spread[index], limit)
+        limit = spread[index] - LABEL_GAP
+    return spread
+
+
+def _draw_bars(axes: Any, rows: Sequence[Row], figure: str, title: str) -> None:
+    """One bar a row: filled for a method as it trained, open for its merged or folded form."""
+    values = [getattr(row, figure) for row in rows]
+    for position, (row, value) in enumerate(zip(rows, values, strict=True)):
+        color = COLORS[row.method.partition(" (")[0]]
+        fill = color if row.method in COLORS else "white"
+        axes.barh(position, value, height=0.64, color=fill, edgecolor=color, linewidth=1.4)
+        axes.text(value + max(values) * 0.02, position, f"{value:.1f}", va="center_baseline")
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.set_xticks([])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_xlim(0, max(values) * 1.12)
+    axes.set_title(title)
+
+
+def _draw_samples(axes: Any, test: Images, predictions: Mapping[str, Tensor], classes: Sequence[int]) -> None:
+    """Test images that at least one method got wrong, evenly drawn, over what each method took them for."""
+    methods = [name for name in predictions if name in COLORS]
+    mistaken = [predictions[name] != test.labels for name in methods]
+    disputed = torch.stack(mistaken).any(0).nonzero().flatten().tolist()
+    count = min(SAMPLES, len(disputed))
+    chosen = [disputed[position * len(disputed) // count] for position in range(count)]
+    axes.set_title(f"{count} of the {len(disputed)} test images that a method got wrong, and what each took them for")
+    axes.axis("off")
+    axes.set_aspect("equal", anchor="W")
+    axes.set_xlim(-3.15, SAMPLES - 0.55)
+    axes.set_ylim(-0.42 * len(methods) - 0.15, 1.0)
+    for column, index in enumerate(chosen):
+        axes.imshow(test.pixels[index, 0], cmap="gray_r", extent=(column - 0.42, column + 0.42, 0.1, 0.94))
+        for line, (name, mistakes) in enumerate(zip(methods, mistaken, strict=True)):
+            style = {"weight": "bold", "color": INK} if mistakes[index] else {"color": FAINT}
+            digit = str(classes[int(predictions[name][index])])
+            axes.text(column, -0.3 - 0.42 * line, digit, ha="center", va="center", **style)
+    for line, name in enumerate(methods):
+        axes.text(-0.75, -0.3 - 0.42 * line, name, ha="right", va="center", color=COLORS[name])
