@@ -27,7 +27,8 @@
 //
 // float32 multiplies as three TF32 products (tile.cuh), not by FFMA: the error is that of float32, the rate twice FFMA's,
 // and the code the same as for the half types. float32 weights beside half activations are rounded to the activations'
-// type first; the backward adds what rounding took from K, since the sign of S decides where ReLU has a gradient.
+// type first; the backward takes what rounding left of them as a second part of every chunk of K and P, since the sign of
+// S decides where ReLU has a gradient, and the sum that is ds may cancel.
 //
 // Compiled once per type of the activations, FAST_PROMPT_ELEMENT: float32, bfloat16 or float16.
 
@@ -94,7 +95,8 @@ Problem<T> describe(const PromptDiffusion& given, bool backward, const Runtime& 
   problem.hidden = matrix<T>(given.hidden);
   problem.source = matrix<T>(given.source);
   if (given.float_weights && !std::is_same<T, float>::value) {
-    problem.prompts = rounded_weights(given.prompts, given.num_prompts, given.width, runtime, launches);
+    problem.prompts = rounded_weights(given.prompts, given.num_prompts, given.width, runtime, launches,
+                                      backward ? &problem.prompts_rest : nullptr);
     problem.keys = rounded_weights(given.keys, given.num_prompts, given.width, runtime, launches,
                                    backward ? &problem.keys_rest : nullptr);
   } else {

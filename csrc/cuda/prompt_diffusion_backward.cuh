@@ -33,9 +33,9 @@ __device__ inline float unit_of(float bound) {
 
 template <class T, class L>
 class BackwardTiles {
-  // The order in which a block needs tiles: for each of its row tiles, for each block of prompts, the chunks of X and K
-  // (each twice where K has a rest), then those of G and P; all of it twice where there are several blocks, since only
-  // then their common maximum and sum are known; and last, chunk by chunk, the blocks of K.
+  // The order in which a block needs tiles: for each of its row tiles, for each block of prompts, the chunks of X and K,
+  // then those of G and P (each chunk twice where rounding left a rest of the weights); all of it twice where there are
+  // several blocks, since only then their common maximum and sum are known; and last, chunk by chunk, the blocks of K.
   const Problem<T>& problem;
   const RowGradients<T>& gradients;
   T* const stages;
@@ -51,9 +51,9 @@ class BackwardTiles {
         stages(stages),
         chunks(chunks),
         blocks(blocks),
-        parts(problem.keys_rest.data ? 2 : 1),
+        parts(problem.parts()),
         score_steps(gradients.need_scores() ? chunks * parts : 0),
-        block_steps(score_steps + (gradients.need_grad() ? chunks : 0)),
+        block_steps(score_steps + (gradients.need_grad() ? chunks * parts : 0)),
         pass_steps((blocks > 1 ? 2 : 1) * blocks * block_steps),
         tile_steps(pass_steps + (gradients.source ? chunks * blocks : 0)) {
     for (int i = 0; i < L::STAGES - 1; ++i) load_next();
@@ -75,14 +75,16 @@ class BackwardTiles {
       T* upper = stages + free_stage * L::template STAGE<T>;
       T* lower = upper + L::ROWS * PITCH<T>;
       if (step < pass_steps) {
-        const int block = step / block_steps % blocks, part_step = step % block_steps;
-        if (part_step < score_steps) {
-          const int chunk = part_step / parts;
+        const int block = step / block_steps % blocks, block_step = step % block_steps;
+        const bool scoring = block_step < score_steps;
+        const int chunk_step = scoring ? block_step : block_step - score_steps;
+        const int chunk = chunk_step / parts, part = chunk_step % parts;
+        if (scoring) {
           load_rows(upper, problem.source, first_row, chunk);
-          load_weights(lower, part_step % parts ? problem.keys_rest : problem.keys, block, chunk);
+          load_weights(lower, part ? problem.keys_rest : problem.keys, block, chunk);
         } else {
-          load_rows(upper, gradients.grad, first_row, part_step - score_steps);
-          if (gradients.need_products()) load_weights(lower, problem.prompts, block, part_step - score_steps);
+          load_rows(upper, gradients.grad, first_row, chunk);
+          if (gradients.need_products()) load_weights(lower, part ? problem.prompts_rest : problem.prompts, block, chunk);
         }
       } else {
         load_weights(lower, problem.keys, (step - pass_steps) % blocks, (step - pass_steps) / blocks);
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
   const int warp_column = place.column_warp * WARP_CHUNK;
 
   const float scale = expf(*problem.log_scale);
-  const int parts = problem.keys_rest.data ? 2 : 1, passes = blocks > 1 ? 2 : 1;
+  const int parts = problem.parts(), passes = blocks > 1 ? 2 : 1;
   BackwardTiles<T, L> tiles(problem, gradients, stages, blocks, chunks);
   for (int64_t row_tile = blockIdx.x; row_tile * L::ROWS < problem.rows; row_tile += gridDim.x) {
     const int64_t first_row = row_tile * L::ROWS;
@@ -270,9 +272,10 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
         multiply_by_rows(scores, rows + place.first_row * PITCH<T>, PITCH<T>,
                          rows + (L::ROWS + place.first_column) * PITCH<T>, PITCH<T>, CHUNK<T>, place.lane);
       }
-      for (int chunk = 0; gradients.need_grad() && chunk < chunks; ++chunk) {
+      for (int step = 0; gradients.need_grad() && step < chunks * parts; ++step) {
         const T* rows = tiles.next();
-        if (turn == 0) overlap += pass_grad_on<T, L>(problem, gradients, rows, first_row, chunk, scale);
+        if (turn == 0 && step % parts == 0)
+          overlap += pass_grad_on<T, L>(problem, gradients, rows, first_row, step / parts, scale);
         if (gradients.need_products())
           multiply_by_rows(products, rows + place.first_row * PITCH<T>, PITCH<T>,
                            rows + (L::ROWS + place.first_column) * PITCH<T>, PITCH<T>, CHUNK<T>, place.lane);

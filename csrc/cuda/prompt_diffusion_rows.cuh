@@ -12,7 +12,7 @@ namespace {
 template <class T>
 struct Problem {
   Matrix<T> hidden, source, prompts, keys;
-  Matrix<T> keys_rest;  // what rounding took from float32 keys; data is null if nothing
+  Matrix<T> prompts_rest, keys_rest;  // what rounding took from float32 weights; data is null if nothing
   int64_t rows;
   int width, num_prompts;
   const float* log_scale;
@@ -21,6 +21,8 @@ struct Problem {
   uint32_t dropout_threshold;
   float kept_scale;
   bool aligned;  // every address and stride, the outputs' too, is a multiple of 16 bytes
+
+  __device__ int parts() const { return keys_rest.data ? 2 : 1; }
 };
 
 // ROW_WARPS x COLUMN_WARPS warps take a tile of scores [ROWS, COLUMNS], each [16 M, 8 N] of it, in registers. STAGES

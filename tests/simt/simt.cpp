@@ -50,7 +50,7 @@ class Context {
 
  public:
   void start(unsigned char* stack, void (*entry)()) {
-    auto* top = reinterpret_cast<void**>(stack + STACK_BYTES) - 2;  // `entry` begins as after a call: 8 past a multiple of 16
+    auto* top = reinterpret_cast<void**>(stack + STACK_BYTES) - 1;  // as a call leaves it: 8 past a multiple of 16
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     stack_pointer = top;
