@@ -123,8 +123,9 @@ using Small64 = Layout<1, 4, 1, 2, 4, 4>;    // 16 rows: latency
 using Small256 = Layout<1, 4, 1, 8, 3, 1>;   // 16 rows
 using Wide16 = Layout<4, 1, 1, 2, 4, 4>;     // 64 rows
 using Wide64 = Layout<4, 1, 1, 8, 3, 3>;     // 64 rows
+using Both64 = Layout<4, 1, 1, 8, 3, 2>;     // 64 rows, registers for S and D
 using Tall208 = Layout<4, 2, 2, 13, 3, 1>;   // 128 rows
-using Tall208B = Layout<4, 2, 1, 13, 3, 1>;  // 64 rows, S and D side by side
+using Both208 = Layout<4, 2, 1, 13, 3, 1>;   // 64 rows, registers for S and D
 using Wide256 = Layout<2, 4, 2, 8, 2, 1>;    // 64 rows
 
 template <class Launch>
@@ -134,18 +135,21 @@ struct Choice {
   Launch* launch;
 };
 
-// The first layout that is wide enough for all prompts at once, or failing that the first one, whose shared memory this
-// device has. Layouts of 16 rows come first where taller ones would leave multiprocessors idle, and else last.
+// The narrowest layout that takes all prompts at once, or failing that the widest one, of those whose shared memory this
+// device has. Layouts of 16 rows come first where taller ones would leave multiprocessors idle, and else last. The
+// choices are in order of width.
 template <class Launch, int COUNT>
 const Choice<Launch>* choose(const Choice<Launch> (&choices)[COUNT], int64_t rows, int64_t num_prompts,
                              const Device& device) {
   const bool few_rows = rows <= int64_t{16} * device.multiprocessors;
   for (const bool at_once : {true, false})
     for (const bool small : {few_rows, !few_rows})
-      for (const auto& choice : choices)
+      for (int i = 0; i < COUNT; ++i) {
+        const auto& choice = choices[at_once ? i : COUNT - 1 - i];
         if ((choice.rows == 16) == small && (choice.columns >= num_prompts) == at_once &&
             choice.shared_bytes(num_prompts) <= device.shared_bytes)
           return &choice;
+      }
   return nullptr;
 }
 
@@ -169,8 +173,8 @@ void launch_forward(const Problem<T>& problem, T* output, const Device& device, 
 template <class L>
 constexpr Choice<ForwardLaunch> FORWARD = {L::ROWS, L::COLUMNS, L::template shared_bytes<T>, launch_forward<L>};
 
-constexpr Choice<ForwardLaunch> FORWARDS[] = {FORWARD<Small64>, FORWARD<Small256>, FORWARD<Wide16>,
-                                              FORWARD<Wide64>,  FORWARD<Tall208>,  FORWARD<Wide256>};
+constexpr Choice<ForwardLaunch> FORWARDS[] = {FORWARD<Wide16>,  FORWARD<Small64>,  FORWARD<Wide64>,
+                                              FORWARD<Tall208>, FORWARD<Small256>, FORWARD<Wide256>};
 
 const char* forward(const PromptDiffusion& given, void* output, const Runtime& runtime) {
   const Device device;
@@ -197,8 +201,8 @@ void launch_rows(const Problem<T>& problem, const RowGradients<T>& gradients, co
 template <class L>
 constexpr Choice<RowsLaunch> BACKWARD = {L::ROWS, L::COLUMNS, L::template shared_bytes<T>, launch_rows<L>};
 
-constexpr Choice<RowsLaunch> BACKWARDS[] = {BACKWARD<Small64>, BACKWARD<Small256>, BACKWARD<Wide16>,
-                                            BACKWARD<Wide64>,  BACKWARD<Tall208B>, BACKWARD<Wide256>};
+constexpr Choice<RowsLaunch> BACKWARDS[] = {BACKWARD<Wide16>, BACKWARD<Small64>, BACKWARD<Both64>,
+                                            BACKWARD<Both208>, BACKWARD<Small256>};
 
 // dP and dK: as many splits of the rows as give every multiprocessor two blocks.
 template <class L>

@@ -56,6 +56,7 @@ class BackwardTiles {
         block_steps(score_steps + (gradients.need_grad() ? chunks * parts : 0)),
         pass_steps((blocks > 1 ? 2 : 1) * blocks * block_steps),
         tile_steps(pass_steps + (gradients.source ? chunks * blocks : 0)) {
+#pragma unroll 1
     for (int i = 0; i < L::STAGES - 1; ++i) load_next();
   }
 
@@ -74,21 +75,24 @@ class BackwardTiles {
     if (first_row < problem.rows) {
       T* upper = stages + free_stage * L::template STAGE<T>;
       T* lower = upper + L::ROWS * PITCH<T>;
+      int block = (step - pass_steps) % blocks, chunk = (step - pass_steps) / blocks;
+      const Matrix<T>*rows = nullptr, *weights = &problem.keys;
       if (step < pass_steps) {
-        const int block = step / block_steps % blocks, block_step = step % block_steps;
+        block = step / block_steps % blocks;
+        const int block_step = step % block_steps;
         const bool scoring = block_step < score_steps;
         const int chunk_step = scoring ? block_step : block_step - score_steps;
-        const int chunk = chunk_step / parts, part = chunk_step % parts;
-        if (scoring) {
-          load_rows(upper, problem.source, first_row, chunk);
-          load_weights(lower, part ? problem.keys_rest : problem.keys, block, chunk);
-        } else {
-          load_rows(upper, gradients.grad, first_row, chunk);
-          if (gradients.need_products()) load_weights(lower, part ? problem.prompts_rest : problem.prompts, block, chunk);
-        }
-      } else {
-        load_weights(lower, problem.keys, (step - pass_steps) % blocks, (step - pass_steps) / blocks);
+        chunk = chunk_step / parts;
+        rows = scoring ? &problem.source : &gradients.grad;
+        weights = chunk_step % parts == 0 ? scoring ? &problem.keys : &problem.prompts
+                  : scoring               ? &problem.keys_rest
+                                          : &problem.prompts_rest;
       }
+      if (rows)
+        load_tile<L::ROWS, CHUNK<T>, L::THREADS>(upper, PITCH<T>, *rows, first_row, problem.rows, chunk * CHUNK<T>,
+                                                 problem.width, problem.aligned);
+      load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(lower, PITCH<T>, *weights, block * L::COLUMNS, problem.num_prompts,
+                                                  chunk * CHUNK<T>, problem.width, problem.aligned);
       if (++step == tile_steps) {
         step = 0;
         row_tile += gridDim.x;
@@ -96,16 +100,6 @@ class BackwardTiles {
     }
     ptx::copy_commit();
     free_stage = (free_stage + 1) % L::STAGES;
-  }
-
-  __device__ void load_rows(T* tile, const Matrix<T>& from, int64_t first_row, int chunk) {
-    load_tile<L::ROWS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, from, first_row, problem.rows, chunk * CHUNK<T>,
-                                             problem.width, problem.aligned);
-  }
-
-  __device__ void load_weights(T* tile, const Matrix<T>& from, int block, int chunk) {
-    load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, from, block * L::COLUMNS, problem.num_prompts,
-                                                chunk * CHUNK<T>, problem.width, problem.aligned);
   }
 };
 
@@ -117,20 +111,29 @@ __device__ inline float pass_grad_on(const Problem<T>& problem, const RowGradien
   for_each_piece<T, L::ROWS, CHUNK<T>, L::THREADS>(
       threadIdx.x, first_row, problem.rows, chunk * CHUNK<T>, problem.width, [&](int row, int column, int count) {
         if (count == 0) return;
-        const Piece<T> grad = *reinterpret_cast<const Piece<T>*>(tile + row * PITCH<T> + column);
         const int64_t global_row = first_row + row, global_column = chunk * CHUNK<T> + column;
-        if (gradients.log_scale) {
-          const T* source = problem.hidden.data + problem.hidden.offset(global_row) + global_column;
-          const Piece<T> hidden = load_piece(source, count, problem.aligned);
+        const T* grad = tile + row * PITCH<T> + column;
+        const T* hidden = problem.hidden.data + problem.hidden.offset(global_row) + global_column;
+        T* result = gradients.hidden + global_row * problem.width + global_column;
+        if (problem.aligned && count == PADDING<T>) {
+          const Piece<T> g = *reinterpret_cast<const Piece<T>*>(grad);
+          if (gradients.log_scale) {
+            const Piece<T> h = *reinterpret_cast<const Piece<T>*>(hidden);
 #pragma unroll
-          for (int i = 0; i < PADDING<T>; ++i)
-            if (i < count) overlap += to_float(grad.element[i]) * to_float(hidden.element[i]);
-        }
-        if (gradients.hidden) {
-          Piece<T> scaled;
+            for (int i = 0; i < PADDING<T>; ++i) overlap += to_float(g.element[i]) * to_float(h.element[i]);
+          }
+          if (gradients.hidden) {
+            Piece<T> scaled;
 #pragma unroll
-          for (int i = 0; i < PADDING<T>; ++i) assign(scaled.element[i], scale * to_float(grad.element[i]));
-          store_piece(gradients.hidden + global_row * problem.width + global_column, scaled, count, problem.aligned);
+            for (int i = 0; i < PADDING<T>; ++i) assign(scaled.element[i], scale * to_float(g.element[i]));
+            *reinterpret_cast<Piece<T>*>(result) = scaled;
+          }
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < count; ++i) {
+            if (gradients.log_scale) overlap += to_float(grad[i]) * to_float(hidden[i]);
+            if (gradients.hidden) assign(result[i], scale * to_float(grad[i]));
+          }
         }
       });
   return overlap;
@@ -385,6 +388,7 @@ __global__ void __launch_bounds__(L::THREADS, 2) weight_gradients_kernel(const _
     ptx::copy_commit();
     free_stage = (free_stage + 1) % L::STAGES;
   };
+#pragma unroll 1
   for (int i = 0; i < L::STAGES - 1; ++i) load_next();
 
   Sums<L::M, L::N> sums, part;

@@ -21,6 +21,7 @@ class ForwardTiles {
  public:
   __device__ ForwardTiles(const Problem<T>& problem, T* stages, int blocks, int chunks)
       : problem(problem), stages(stages), blocks(blocks), chunks(chunks) {
+#pragma unroll 1
     for (int i = 0; i < L::STAGES - 1; ++i) load_next();
   }
 
@@ -40,15 +41,16 @@ class ForwardTiles {
     if (first_row < problem.rows) {
       T* upper = stages + free_stage * L::template STAGE<T>;
       T* lower = upper + L::ROWS * PITCH<T>;
-      if (step < blocks * chunks) {
-        const int block = step / chunks, chunk = step % chunks;
-        load_rows(upper, problem.source, first_row, chunk);
-        load_weights(lower, problem.keys, block, chunk);
-      } else {
-        const int rest = step - blocks * chunks, chunk = rest / blocks, block = rest % blocks;
-        if (block == blocks - 1) load_rows(upper, problem.hidden, first_row, chunk);
-        load_weights(lower, problem.prompts, block, chunk);
-      }
+      const bool scoring = step < blocks * chunks;
+      const int local_step = scoring ? step : step - blocks * chunks;
+      const int chunk = scoring ? local_step % chunks : local_step / blocks;
+      const int block = scoring ? local_step / chunks : local_step % blocks;
+      const auto& weights = scoring ? problem.keys : problem.prompts;
+      if (scoring || block == blocks - 1)
+        load_tile<L::ROWS, CHUNK<T>, L::THREADS>(upper, PITCH<T>, scoring ? problem.source : problem.hidden, first_row,
+                                                 problem.rows, chunk * CHUNK<T>, problem.width, problem.aligned);
+      load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(lower, PITCH<T>, weights, block * L::COLUMNS, problem.num_prompts,
+                                                  chunk * CHUNK<T>, problem.width, problem.aligned);
       if (++step == 2 * blocks * chunks) {
         step = 0;
         row_tile += gridDim.x;
@@ -56,16 +58,6 @@ class ForwardTiles {
     }
     ptx::copy_commit();
     free_stage = (free_stage + 1) % L::STAGES;
-  }
-
-  __device__ void load_rows(T* tile, const Matrix<T>& from, int64_t first_row, int chunk) {
-    load_tile<L::ROWS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, from, first_row, problem.rows, chunk * CHUNK<T>,
-                                             problem.width, problem.aligned);
-  }
-
-  __device__ void load_weights(T* tile, const Matrix<T>& from, int block, int chunk) {
-    load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, from, block * L::COLUMNS, problem.num_prompts,
-                                                chunk * CHUNK<T>, problem.width, problem.aligned);
   }
 };
 

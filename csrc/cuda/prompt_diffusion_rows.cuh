@@ -159,6 +159,27 @@ __device__ inline void shift_to_largest(Sums<L::M, L::N>& scores, RowState<L>& s
   }
 }
 
+template <class L, class T>
+__device__ inline void drop(const Problem<T>& problem, Sums<L::M, L::N>& activations, int64_t first_row,
+                            int first_prompt, const Place<L>& place) {
+  const uint64_t seed = static_cast<uint64_t>(*problem.seed);
+#pragma unroll
+  for (int m = 0; m < L::M; ++m)
+#pragma unroll
+    for (int n = 0; n < L::N; ++n) {
+      uint64_t index[4];
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        index[i] = (first_row + place.row(2 * m + i / 2)) * problem.num_prompts + first_prompt + place.first_column +
+                   n * 8 + place.pair * 2 + i % 2;
+      philox(seed, index, word);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (word[i] < problem.dropout_threshold) activations.at[m][n][i] = -activations.at[m][n][i];
+    }
+}
+
 // Scores to signed activations.
 template <class L, class T>
 __device__ inline void activate(const Problem<T>& problem, Sums<L::M, L::N>& scores, const RowState<L>& state,
@@ -167,13 +188,7 @@ __device__ inline void activate(const Problem<T>& problem, Sums<L::M, L::N>& sco
     for_each_score<L>(scores, place, [&](float& score, int slot, int) { score = expf(score - state.shift[slot]); });
   else
     for_each_score<L>(scores, place, [&](float& score, int, int) { score = score < 0 ? 0 : score; });  // keeps NaN
-  if (problem.dropout_threshold > 0) {
-    const uint64_t seed = static_cast<uint64_t>(*problem.seed);
-    for_each_score<L>(scores, place, [&](float& score, int slot, int column) {
-      const int64_t index = (first_row + place.row(slot)) * problem.num_prompts + first_prompt + column;
-      if (philox(seed, index) < problem.dropout_threshold) score = -score;
-    });
-  }
+  if (problem.dropout_threshold > 0) drop<L>(problem, scores, first_row, first_prompt, place);
 }
 
 // Adds a block's activations to what its rows remember.

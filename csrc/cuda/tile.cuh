@@ -68,6 +68,7 @@ __device__ inline void for_each_piece(int thread, int64_t first_row, int64_t row
                                       Body body) {
   constexpr int LENGTH = PIECE_BYTES / sizeof(T), PIECES = COLUMNS / LENGTH;
   static_assert(COLUMNS % LENGTH == 0, "a tile's row is made of whole pieces");
+#pragma unroll 4
   for (int i = thread; i < ROWS * PIECES; i += THREADS) {
     const int row = i / PIECES, column = i % PIECES * LENGTH;
     const int left = first_row + row < rows ? width - first_column - column : 0;
@@ -87,30 +88,10 @@ __device__ inline void load_tile(T* tile, int pitch, const Matrix<T>& from, int6
         if (aligned) {
           ptx::copy_async_16(target, from.data + offset, count * static_cast<int>(sizeof(T)));
         } else {
+#pragma unroll 1
           for (int i = 0; i < PADDING<T>; ++i) target[i] = i < count ? from.data[offset + i] : T(0.0f);
         }
       });
-}
-
-// Writes `count` elements of a tile's piece to global memory.
-template <class T>
-__device__ inline void store_piece(T* target, const Piece<T>& piece, int count, bool aligned) {
-  if (aligned && count == PADDING<T>) {
-    *reinterpret_cast<Piece<T>*>(target) = piece;
-  } else {
-#pragma unroll
-    for (int i = 0; i < PADDING<T>; ++i)
-      if (i < count) target[i] = piece.element[i];
-  }
-}
-
-template <class T>
-__device__ inline Piece<T> load_piece(const T* source, int count, bool aligned) {
-  if (aligned && count == PADDING<T>) return *reinterpret_cast<const Piece<T>*>(source);
-  Piece<T> piece;
-#pragma unroll
-  for (int i = 0; i < PADDING<T>; ++i) piece.element[i] = i < count ? source[i] : T(0.0f);
-  return piece;
 }
 
 // A warp writes its own [ROWS, COLUMNS] of a tile to a contiguous [rows, width] matrix.
@@ -120,9 +101,14 @@ __device__ inline void store_warp_tile(T* output, const T* tile, int lane, int64
   __syncwarp();
   for_each_piece<T, ROWS, COLUMNS, 32>(
       lane, first_row, rows, first_column, width, [&](int row, int column, int count) {
-        const auto& piece = *reinterpret_cast<const Piece<T>*>(tile + row * PITCH<T> + column);
-        if (count > 0)
-          store_piece(output + (first_row + row) * width + first_column + column, piece, count, aligned);
+        const T* source = tile + row * PITCH<T> + column;
+        T* target = output + (first_row + row) * width + first_column + column;
+        if (aligned && count == PADDING<T>) {
+          *reinterpret_cast<Piece<T>*>(target) = *reinterpret_cast<const Piece<T>*>(source);
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < count; ++i) target[i] = source[i];
+        }
       });
 }
 
@@ -347,21 +333,30 @@ __device__ inline float reduce_block(float value, float* exchange, Operation ope
 
 // ---- Dropout ----
 
-// The first word of Philox 4x32-10 (fast_prompt/reference/philox.py).
-__device__ inline uint32_t philox(uint64_t seed, uint64_t index) {
-  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+// The first words of Philox 4x32-10 (fast_prompt/reference/philox.py) for a few counters at once. The rounds stay a loop:
+// unrolled for every element of a tile they would be most of a kernel's code.
+template <int COUNT>
+__device__ inline void philox(uint64_t seed, const uint64_t (&index)[COUNT], uint32_t (&word)[COUNT]) {
+  uint32_t c1[COUNT], c2[COUNT] = {}, c3[COUNT] = {};
 #pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    word[i] = static_cast<uint32_t>(index[i]);
+    c1[i] = static_cast<uint32_t>(index[i] >> 32);
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll 1
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product2 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(product2 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product2);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const uint64_t product0 = uint64_t{0xD2511F53} * word[i], product2 = uint64_t{0xCD9E8D57} * c2[i];
+      word[i] = static_cast<uint32_t>(product2 >> 32) ^ c1[i] ^ k0;
+      c1[i] = static_cast<uint32_t>(product2);
+      c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ k1;
+      c3[i] = static_cast<uint32_t>(product0);
+    }
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  return c0;
 }
 
 }  // namespace fast_prompt::cuda

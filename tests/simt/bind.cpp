@@ -78,7 +78,7 @@ void backward(const py::tuple& grad, uintptr_t hidden, uintptr_t source, uintptr
 }  // namespace
 
 PYBIND11_MODULE(SIMT_MODULE, module) {
-  py::class_<simt::Settings>(module, "Settings")
+  py::class_<simt::Settings>(module, "Settings", py::module_local())
       .def_readwrite("reverse", &simt::Settings::reverse)
       .def_readwrite("late_copies", &simt::Settings::late_copies)
       .def_readwrite("multiprocessors", &simt::Settings::multiprocessors)
