@@ -237,7 +237,7 @@ Ahead rows_ahead(const Rows& a, int64_t a_first, const Rows& b, int64_t b_first,
   const auto dense = [width](const Rows& rows) {
     return rows.row_stride == width && rows.batch_stride == width * rows.rows_per_batch;
   };
-  if (count <= 0 || !dense(a) || !dense(b)) return {};
+  if (count <= 0 || !a.data || !dense(a) || !dense(b)) return {};
   return {{at(a, a_first), at(b, b_first)}, count * width * bytes_of(a.dtype)};
 }
 
@@ -417,13 +417,15 @@ template <class Dot>
 void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Tile& tile,
                    int64_t first, int64_t count, bool accumulate, BackwardRun& run) {
   const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(p);
+  const int64_t next = first + count, ahead = smaller(count, problem.rows - next);
   backward_hidden(problem, gradients, first, count, run);
   if (!needs_scores(gradients)) return;
 
   stage_rows<Dot>(problem.source, first, count, width, tile.source, tile.wide);
   stage_rows<Dot>(gradients.grad, first, count, width, tile.grad, tile.wide);
   Product scores{count, padded, words<Dot>(width), tile.source, tile.wide, run.keys_transposed,
-                 tile.scores, tile.tall, false, {}};
+                 tile.scores, tile.tall, false,
+                 rows_ahead(problem.source, next, gradients.grad, next, ahead, width)};
   multiply<Dot, Layout::ROWS>(scores);
   if (run.keys_residual) {
     scores.b = run.keys_residual;
@@ -432,7 +434,8 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
   }
   if (needs_score_gradients(gradients))
     multiply<Dot, Layout::ROWS>({count, padded, words<Dot>(width), tile.grad, tile.wide, run.prompts_transposed,
-                                 tile.dscores, tile.tall, false, {}});
+                                 tile.dscores, tile.tall, false,
+                                 rows_ahead(problem.hidden, next, problem.hidden, next, ahead, width)});
   for (int64_t i = 0; i < count; ++i) {
     float *s = tile.scores + i * tile.tall, *d = tile.dscores + i * tile.tall;
     draw_dropout(problem, first + i, tile.kept);
