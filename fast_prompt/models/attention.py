@@ -166,7 +166,7 @@ def _site(model: nn.Module, name: str) -> AttentionSite:
         )
     host, forward = _host(attention)
     path = f"{name}.{host}" if host else name
-    if not is_replaceable(model.get_submodule(path)):
+    if not is_replaceable(model.get_submodule(path), forward):
         raise ValueError(f"{path}: its forward was already replaced by something else; undo that first")
     return AttentionSite(
         name=name,
@@ -182,7 +182,7 @@ def _site(model: nn.Module, name: str) -> AttentionSite:
 def _host(attention: nn.Module) -> tuple[str, Callable[..., Any]]:
     """The child whose forward is replaced ("" for the attention itself), and its replacement."""
     output = _child(attention, "output")
-    children = frozenset(name for name, _ in output.named_children()) if output is not None else frozenset()
+    children = frozenset(output._modules) - {CHILD} if output is not None else frozenset()
     if children in OUTPUT_FORWARDS:
         return "output", OUTPUT_FORWARDS[children]
     return "", attention_forward

@@ -55,7 +55,7 @@ def restore_forward(module: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-def is_replaceable(module: nn.Module) -> bool:
-    """Whether the module's ``forward`` is its class's own, accelerate's hooks aside."""
+def is_replaceable(module: nn.Module, replacement: Callable[..., Any]) -> bool:
+    """Whether the module's ``forward`` is its class's own, or already ``replacement``; accelerate's hooks aside."""
     forward = module.__dict__.get(_HOOKED_FORWARD, module.__dict__.get("forward"))
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+    return forward is None or getattr(forward, "__func__", None) in (type(module).forward, replacement)
