@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch._inductor import config as inductor_config
 
 from fast_prompt.bench import apt_model, machine, prompt_diffusion
 from fast_prompt.bench.contender import Contender
@@ -142,7 +141,7 @@ def run(
     settings = [Setting(op, shape, dtype, name) for shape in shapes for dtype in dtypes for name in passes]
     for setting in settings:
         # In this process: the workers it would start instead import torch meanwhile, on the cores that are timed.
-        with inductor_config.patch(compile_threads=1):
+        with torch._inductor.config.patch(compile_threads=1):
             rows, best, raised = measure(setting, device, rounds, progress(setting))
         report.rows += rows
         report.raised += raised
