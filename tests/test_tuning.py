@@ -275,6 +275,31 @@ def test_a_deep_copy_is_whole_and_apart():
     torch.testing.assert_close(run(folded, inputs), output, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_replicas_of_data_parallel_use_their_own_weights(name, folded):
+    """Trainer replicates a model over several GPUs; a forward bound to the first one would answer for all."""
+    model, inputs = adapted(name=name)
+    model = model.fold() if folded else model
+    modules = list(model.modules())
+    replicas = [module._replicate_for_data_parallel() for module in modules]
+    for module, replica in zip(modules, replicas, strict=True):
+        for key, child in module.named_children():
+            replica._modules[key] = replicas[modules.index(child)]
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, None if parameter is None else parameter.clone())
+        for key, buffer in module._buffers.items():
+            replica._buffers[key] = None if buffer is None else buffer.clone()
+    with torch.no_grad():
+        expected = run(model, inputs)
+        for value in model.state_dict().values():
+            value.zero_()
+        for module in model.modules():
+            for buffer in module._buffers.values():
+                buffer.zero_()
+        assert torch.equal(run(replicas[0], inputs), expected)
+
+
 def test_moving_dtype_reaches_everything_at_rest():
     model, inputs = adapted(APT_HEAD)
     model.double()
@@ -324,7 +349,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
         model, inputs = adapted(config, name)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         run(model, inputs).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     plain, checkpointed = gradients
