@@ -54,10 +54,10 @@ inline int64_t words(int64_t elements) { return (elements + Dot::DEPTH - 1) / Do
 // Where A(i, k) lies: a[i * row + k] (Row-major), or a[k * row + i] (the transpose of a row-major matrix).
 enum class Layout { ROWS, COLUMNS };
 
-// Memory that is wanted after a product, asked for while it runs: two equally long runs of bytes, or none.
+// Memory that is wanted after a product, asked for while it runs: two equally long runs of cache lines, or none.
 struct Ahead {
   const char* streams[2];
-  int64_t bytes;
+  int64_t lines;
 };
 
 struct Product {
@@ -71,28 +71,8 @@ struct Product {
   Ahead ahead;
 };
 
-// Takes the next `lines` cache lines off what lies ahead; where nothing does, points at `idle` and does not move.
-struct AheadCursor {
-  const char *first, *second;
-  int64_t step;
-
-  AheadCursor(Ahead& ahead, int64_t lines, const void* idle) {
-    step = ahead.bytes > 0 ? 64 : 0;
-    first = step ? ahead.streams[0] : static_cast<const char*>(idle);
-    second = step ? ahead.streams[1] : static_cast<const char*>(idle);
-    ahead.streams[0] += lines * step;
-    ahead.streams[1] += lines * step;
-    ahead.bytes -= lines * step;
-  }
-  void fetch(int64_t line) const {
-    __builtin_prefetch(first + line * step, 0, 2);
-    __builtin_prefetch(second + line * step, 0, 2);
-  }
-};
-
 template <class Dot, Layout layout, int M, int V>
-void register_block(Product& p, const float* a, const float* b, float* c) {
-  const AheadCursor ahead(p.ahead, p.depth, a);
+void register_block(const Product& p, const float* a, const float* b, float* c, const Ahead& ahead) {
   const int64_t a_stride = p.a_stride, c_stride = p.c_stride, depth = p.depth;
   Floats sum[M][V];
 #pragma GCC unroll 16
@@ -105,7 +85,10 @@ void register_block(Product& p, const float* a, const float* b, float* c) {
 #pragma GCC unroll 4
   for (int i = 0; i < TRIPLES; ++i) triple[i] = a + 3 * i * a_stride;
   for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (layout == Layout::ROWS) ahead.fetch(k);
+    if (layout == Layout::ROWS && k < ahead.lines) {
+      __builtin_prefetch(ahead.streams[0] + k * 64, 0, 2);
+      __builtin_prefetch(ahead.streams[1] + k * 64, 0, 2);
+    }
     Floats column[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) column[v] = load(b + (k * V + v) * LANES);
@@ -126,27 +109,33 @@ void register_block(Product& p, const float* a, const float* b, float* c) {
 
 // The register block that has exactly `rows` rows.
 template <class Dot, Layout layout, int V, int M = BLOCK_ROWS>
-void block_of(int64_t rows, Product& p, const float* a, const float* b, float* c) {
+void block_of(int64_t rows, const Product& p, const float* a, const float* b, float* c, const Ahead& ahead) {
   if (rows == M) {
-    register_block<Dot, layout, M, V>(p, a, b, c);
+    register_block<Dot, layout, M, V>(p, a, b, c, ahead);
   } else if constexpr (M > 1) {
-    block_of<Dot, layout, V, M - 1>(rows, p, a, b, c);
+    block_of<Dot, layout, V, M - 1>(rows, p, a, b, c, ahead);
   }
 }
 
 template <class Dot, Layout layout>
-void multiply_panel(Product& p, int64_t column, const float* panel) {
+void multiply_panel(const Product& p, int64_t column, const float* panel) {
   const bool full = p.columns - column >= PANEL;
+  const int64_t blocks = (p.rows + BLOCK_ROWS - 1) / BLOCK_ROWS, panels = (p.columns + PANEL - 1) / PANEL;
+  // Every register block asks for its share of what lies ahead.
+  const int64_t share = (p.ahead.lines + blocks * panels - 1) / (blocks * panels);
   for (int64_t row = 0; row < p.rows; row += BLOCK_ROWS) {
     const float* a = p.a + (layout == Layout::ROWS ? row * p.a_stride : row);
     float* c = p.c + row * p.c_stride + column;
     const int64_t rows = smaller(BLOCK_ROWS, p.rows - row);
-    full ? block_of<Dot, layout, 2>(rows, p, a, panel, c) : block_of<Dot, layout, 1>(rows, p, a, panel, c);
+    const int64_t start = (column / PANEL * blocks + row / BLOCK_ROWS) * share;
+    const Ahead ahead{{p.ahead.streams[0] + start * 64, p.ahead.streams[1] + start * 64}, share};
+    full ? block_of<Dot, layout, 2>(rows, p, a, panel, c, ahead)
+         : block_of<Dot, layout, 1>(rows, p, a, panel, c, ahead);
   }
 }
 
 template <class Dot, Layout layout>
-void multiply(Product p) {
+void multiply(const Product& p) {
   for (int64_t column = 0; column < p.columns; column += PANEL)
     multiply_panel<Dot, layout>(p, column, p.b + column * p.depth);
 }
@@ -169,20 +158,29 @@ void stage(Dtype dtype, const void* source, int64_t count, float* target) {
 constexpr int64_t SLICE = 64;  // elements of a row staged on the stack at a time
 
 // One panel of B = W^T: rows first, first + 1, ... of W [n, width] become columns; rows past the last are zero.
+// Four columns at a time, as one 16-byte store a step: single words would take four times as long.
 template <class Dot, Part part = Part::WHOLE>
 void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t width, float* panel) {
+  typedef float Four __attribute__((vector_size(16)));
   const int64_t columns = smaller(PANEL, packed_columns(n) - first);
-  alignas(64) float slice[SLICE];
+  alignas(64) float buffer[4][SLICE];
+  const float* slice[4];
   for (int64_t start = 0; start < width; start += SLICE) {
     const int64_t elements = smaller(SLICE, width - start);
     float* target = panel + start / Dot::DEPTH * columns;
-    for (int64_t column = 0; column < columns; ++column) {
-      if (first + column < n) {
-        stage<Dot, part>(w.dtype, at(w, first + column, start), elements, slice);
-      } else {
-        memset(slice, 0, sizeof slice);
+    for (int64_t column = 0; column < columns; column += 4) {
+      for (int64_t i = 0, row = first + column; i < 4; ++i, ++row) {
+        slice[i] = buffer[i];
+        if (row >= n) {
+          memset(buffer[i], 0, sizeof buffer[i]);
+        } else if (Dot::DEPTH == 1 && w.dtype == Dtype::FLOAT32) {
+          slice[i] = (const float*)at(w, row, start);  // they are words already
+        } else {
+          stage<Dot, part>(w.dtype, at(w, row, start), elements, buffer[i]);
+        }
       }
-      for (int64_t k = 0; k < words<Dot>(elements); ++k) target[k * columns + column] = slice[k];
+      for (int64_t k = 0; k < words<Dot>(elements); ++k)
+        store_as(target + k * columns + column, Four{slice[0][k], slice[1][k], slice[2][k], slice[3][k]});
     }
   }
 }

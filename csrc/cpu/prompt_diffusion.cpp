@@ -232,13 +232,16 @@ const float* as_words(const float* scores, int64_t count, int64_t columns, int64
 
 // ---- Forward ----
 
-// Rows to ask for early: those of `a` from row a_first and of `b` from b_first, where both lie one after another.
-Ahead rows_ahead(const Rows& a, int64_t a_first, const Rows& b, int64_t b_first, int64_t count, int64_t width) {
+// `count` rows to ask for early, to be read or written: those of `a` from a_first on and of `b` from b_first on. None
+// where rows do not lie one after another; an absent one, like a lone one, stands twice.
+Ahead rows_ahead(Rows a, int64_t a_first, Rows b, int64_t b_first, int64_t count, int64_t width) {
+  if (!a.data) a = b, a_first = b_first;
+  if (!b.data) b = a, b_first = a_first;
   const auto dense = [width](const Rows& rows) {
     return rows.row_stride == width && rows.batch_stride == width * rows.rows_per_batch;
   };
-  if (count <= 0 || !dense(a) || !dense(b)) return {};
-  return {{at(a, a_first), at(b, b_first)}, count * width * bytes_of(a.dtype)};
+  if (count <= 0 || !a.data || !dense(a) || !dense(b)) return {};
+  return {{at(a, a_first), at(b, b_first)}, count * width * bytes_of(a.dtype) / 64};
 }
 
 template <class Dot>
@@ -255,7 +258,8 @@ void forward_tile(const PromptDiffusion& problem, const float* keys, const float
   }
   const float* weighted = as_words<Dot>(tile.scores, count, p, tile.tall, tile.operand);
   multiply<Dot, Layout::ROWS>({count, packed_columns(width), words<Dot>(p), weighted, tile.tall, prompts,
-                               tile.product, tile.wide, false, {}});
+                               tile.product, tile.wide, false,
+                               rows_ahead(output, first, output, first, count, width)});
   with_storage(output.dtype, [&](auto storage) {
     for (int64_t i = 0; i < count; ++i)
       write_output<decltype(storage)>(tile.product + i * tile.wide, at(problem.hidden, first + i), problem.scale,
@@ -417,13 +421,15 @@ template <class Dot>
 void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Tile& tile,
                    int64_t first, int64_t count, bool accumulate, BackwardRun& run) {
   const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(p);
+  const int64_t next = first + count, ahead = smaller(count, problem.rows - next);
   backward_hidden(problem, gradients, first, count, run);
   if (!needs_scores(gradients)) return;
 
   stage_rows<Dot>(problem.source, first, count, width, tile.source, tile.wide);
   stage_rows<Dot>(gradients.grad, first, count, width, tile.grad, tile.wide);
   Product scores{count, padded, words<Dot>(width), tile.source, tile.wide, run.keys_transposed,
-                 tile.scores, tile.tall, false, {}};
+                 tile.scores, tile.tall, false,
+                 rows_ahead(problem.source, next, gradients.grad, next, ahead, width)};
   multiply<Dot, Layout::ROWS>(scores);
   if (run.keys_residual) {
     scores.b = run.keys_residual;
@@ -432,7 +438,8 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
   }
   if (needs_score_gradients(gradients))
     multiply<Dot, Layout::ROWS>({count, padded, words<Dot>(width), tile.grad, tile.wide, run.prompts_transposed,
-                                 tile.dscores, tile.tall, false, {}});
+                                 tile.dscores, tile.tall, false,
+                                 rows_ahead(problem.hidden, next, gradients.hidden, next, ahead, width)});
   for (int64_t i = 0; i < count; ++i) {
     float *s = tile.scores + i * tile.tall, *d = tile.dscores + i * tile.tall;
     draw_dropout(problem, first + i, tile.kept);
@@ -453,7 +460,8 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
     add_weight_gradient<Dot>(problem, tile, dscores, tile.source, count, accumulate, run.keys_sum);
   if (gradients.source.data) {
     multiply<Dot, Layout::ROWS>({count, packed_columns(width), words<Dot>(p), dscores, tile.tall, run.keys,
-                                 tile.product, tile.wide, false, {}});
+                                 tile.product, tile.wide, false,
+                                 rows_ahead(gradients.source, first, gradients.source, first, count, width)});
     with_storage(gradients.source.dtype, [&](auto storage) {
       for (int64_t i = 0; i < count; ++i)
         write_row<decltype(storage)>(tile.product + i * tile.wide, width, at(gradients.source, first + i));

@@ -140,7 +140,9 @@ def run(
     report = Report(machine.describe(device) | {"rounds": rounds, "gemm_gflops": {}, "copy_gib_s": 0.0})
     settings = [Setting(op, shape, dtype, name) for shape in shapes for dtype in dtypes for name in passes]
     for setting in settings:
-        rows, best, raised = measure(setting, device, rounds, progress(setting))
+        # In this process: the workers it would start instead import torch meanwhile, on the cores that are timed.
+        with torch._inductor.config.patch(compile_threads=1):
+            rows, best, raised = measure(setting, device, rounds, progress(setting))
         report.rows += rows
         report.raised += raised
         products = report.machine["gemm_gflops"]

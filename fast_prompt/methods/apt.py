@@ -1,11 +1,10 @@
 """APT, approximated prompt tuning (arXiv 2306.15706): prompts diffused into every attention's output."""
 
 from dataclasses import dataclass
-from types import MethodType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fast_prompt.models import PROVEN, AttentionSite, find_attention_sites
 from fast_prompt.models.sdpa import FUSED
@@ -89,15 +88,38 @@ class APTConfig(MethodConfig):
                 "read and give is not known"
             )
         memory = () if site.is_cross else projections.memory
-        linears = [attention.get_submodule(path) for path in (projections.query, *memory, projections.output)]
-        try:
-            folded = FoldedPromptDiffusion(adapter, linears[0], linears[1:-1], linears[-1])
-        except TypeError as error:
-            raise ValueError(f"{site.name}: cannot fold its projections: {error}") from error
-        forwards = (folded.project_key, folded.project_value) if memory else ()
-        paths = dict(zip(memory, forwards, strict=True))
-        paths |= {projections.query: folded.project_query, projections.output: folded.project_output}
-        if type(attention).__name__ in FUSED:
-            child, forward = FUSED[type(attention).__name__]
-            paths[child] = MethodType(forward, attention.get_submodule(child))
-        return FoldedSite(folded, {f"{site.name}.{path}": forward for path, forward in paths.items()})
+        query, *others = (
+            _plain_linear(model, f"{site.name}.{path}") for path in (projections.query, *memory, projections.output)
+        )
+        folded = FoldedPromptDiffusion(adapter, query, others[:-1], others[-1])
+        forwards = {projections.query: query_forward, projections.output: output_forward}
+        forwards |= dict(zip(memory, (key_forward, value_forward), strict=False))
+        forwards |= dict([FUSED[type(attention).__name__]] if type(attention).__name__ in FUSED else [])
+        return FoldedSite(folded, {f"{site.name}.{path}": forward for path, forward in forwards.items()})
+
+
+def _plain_linear(model: nn.Module, path: str) -> nn.Linear:
+    linear = model.get_submodule(path)
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(f"{path}: cannot fold {type(linear).__name__}, only a plain nn.Linear")
+    return linear
+
+
+def query_forward(self: Any, source: Tensor) -> Tensor:
+    """A folded query projection's forward."""
+    return self.fast_prompt_folded.project_query(source)
+
+
+def key_forward(self: Any, source: Tensor) -> Tensor:
+    """A folded key projection's forward."""
+    return self.fast_prompt_folded.project_key(source)
+
+
+def value_forward(self: Any, source: Tensor) -> Tensor:
+    """A folded value projection's forward."""
+    return self.fast_prompt_folded.project_value(source)
+
+
+def output_forward(self: Any, heads: Tensor) -> Tensor:
+    """A folded output projection's forward."""
+    return self.fast_prompt_folded.project_output(heads)

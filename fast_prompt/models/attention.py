@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_prompt.tuning.adapters import CHILD
-from fast_prompt.tuning.site import Site, is_replaceable
+from fast_prompt.tuning.classes import base_class, is_replaceable
+from fast_prompt.tuning.site import Site
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ SOURCES = ("hidden_states", "query", "x")
 def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention module that returns H, alone or first in a tuple."""
     source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
-    output = type(self).forward(self, *args, **kwargs)
+    output = base_class(self).forward(self, *args, **kwargs)
     adapters = getattr(self, CHILD)
     if isinstance(output, tuple):
         return (adapters(output[0], source.to(output[0].device)), *output[1:])
@@ -182,7 +183,7 @@ def _site(model: nn.Module, name: str) -> AttentionSite:
 def _host(attention: nn.Module) -> tuple[str, Callable[..., Any]]:
     """The child whose forward is replaced ("" for the attention itself), and its replacement."""
     output = _child(attention, "output")
-    children = frozenset(name for name, _ in output.named_children()) if output is not None else frozenset()
+    children = frozenset(output._modules) - {CHILD} if output is not None else frozenset()
     if children in OUTPUT_FORWARDS:
         return "output", OUTPUT_FORWARDS[children]
     return "", attention_forward

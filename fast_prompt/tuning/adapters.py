@@ -7,6 +7,9 @@ from torch import Tensor, nn
 # The child under which a site's host keeps its adapters.
 CHILD = "fast_prompt"
 
+# The child that folded modules ask for their share of the merged weights.
+FOLDED_CHILD = "fast_prompt_folded"
+
 
 class SiteAdapters(nn.ModuleDict):
     """The adapters of one site by name; ``forward`` runs the active one, or hands ``hidden`` on when none is.

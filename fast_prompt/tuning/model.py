@@ -5,7 +5,6 @@ methods; so whatever inspects a model (``Trainer`` reads the forward's signature
 recorders by the class's name) sees what it saw before. ``revert()`` gives the class back.
 """
 
-import functools
 import os
 import re
 import shutil
@@ -13,16 +12,16 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fast_prompt.tuning.adapters import CHILD, SavedModules, SiteAdapters, check_adapter_name
+from fast_prompt.tuning.adapters import CHILD, FOLDED_CHILD, SavedModules, SiteAdapters, check_adapter_name
+from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
 from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
 from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
-from fast_prompt.tuning.site import Site, replace_forward, restore_forward
+from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
     AdapterState,
     Draft,
@@ -85,7 +84,7 @@ def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
         training={name: module.training for name, module in model.named_modules()},
         active=adapter_name,
     )
-    model.__class__ = _adapted_class(type(model))
+    model.__class__ = look_alike((FastPromptModel, type(model)))
     assert isinstance(model, FastPromptModel)
     model._fast_prompt = state
     if hasattr(model, HAS_ADAPTERS) and HAS_ADAPTERS not in model.__dict__:
@@ -96,13 +95,6 @@ def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
     model._attach(adapter_name, draft)
     model.set_adapter(adapter_name)
     return model
-
-
-@functools.cache
-def _adapted_class(base: type) -> type:
-    """A subclass of ``base`` with its name, and with ``FastPromptModel``'s methods before its own."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (FastPromptModel, base), {**names, "_fast_prompt_base_class": base})
 
 
 class FastPromptModel(nn.Module):
@@ -117,7 +109,6 @@ class FastPromptModel(nn.Module):
     """
 
     _fast_prompt: AdapterState
-    _fast_prompt_base_class: type[nn.Module]
 
     @property
     def adapter_configs(self) -> dict[str, MethodConfig]:
@@ -219,7 +210,7 @@ class FastPromptModel(nn.Module):
             delattr(self, SAVED)
         for attribute in (*state.own_attributes, "_fast_prompt"):
             delattr(self, attribute)
-        self.__class__ = self._fast_prompt_base_class  # type: ignore[assignment]
+        self.__class__ = base_class(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(state.requires_grad[name])
         for name, module in self.named_modules():
@@ -272,7 +263,9 @@ class FastPromptModel(nn.Module):
         root, directory = (self.active_adapter if self.active_adapter in names else names[0]), Path(save_directory)
         for name in names:
             target = directory if name == root else directory / name
-            values = self._fast_prompt.configs[name].to_dict() | describe_base(self._base_class(), self._config())
+            values = self._fast_prompt.configs[name].to_dict() | describe_base(
+                base_class(self), getattr(self, "config", None)
+            )
             tensors = tensors_of(self._parts(name)) if state_dict is None else self._gathered(name, state_dict)
             write_atomically({target / WEIGHTS_NAME: tensor_bytes(tensors), target / CONFIG_NAME: config_bytes(values)})
         if TRAINER_CHECKPOINT.fullmatch(directory.name):
@@ -345,7 +338,7 @@ class FastPromptModel(nn.Module):
         parts = self._parts(self.active_adapter)
         if state_dict.keys() != tensors_of(parts).keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        check_fit(parts, dict(state_dict), "state_dict", self._base_class().__name__)
+        check_fit(parts, dict(state_dict), "state_dict", base_class(self).__name__)
         copy_into(parts, dict(state_dict))
         return nn.Module().load_state_dict({})
 
@@ -380,22 +373,24 @@ class FastPromptModel(nn.Module):
         config, name = state.configs[state.active], state.active
         folded = [(site, config.fold(self, site, self._adapters(site)[name])) for site in state.sites[name]]
         for site, merged in folded:
-            self._adapters(site).folded = merged.module
-            for path, forward in merged.forwards.items():
-                replace_forward(self.get_submodule(path), forward)
-                state.folded.append(path)
             restore_forward(self.get_submodule(site.host))
+            for path, forward in merged.forwards.items():
+                module = self.get_submodule(path)
+                setattr(module, FOLDED_CHILD, merged.module)
+                replace_forward(module, forward)
+                state.folded.append(path)
         return self
 
     def unfold(self) -> Self:
         """Undo ``fold()``; nothing happens when the model is not folded."""
         state = self._fast_prompt
         for path in state.folded:
-            restore_forward(self.get_submodule(path))
+            module = self.get_submodule(path)
+            delattr(module, FOLDED_CHILD)
+            restore_forward(module)
         if state.folded:
             for site in state.sites[state.active]:
-                del self._adapters(site).folded
-                self._replace_host(site)
+                replace_forward(self.get_submodule(site.host), site.forward)
         state.folded = []
         return self
 
@@ -408,7 +403,7 @@ class FastPromptModel(nn.Module):
             host = self.get_submodule(site.host)
             if not hasattr(host, CHILD):
                 setattr(host, CHILD, SiteAdapters(host))
-                self._replace_host(site)
+                replace_forward(host, site.forward)
             module.train(host.training).requires_grad_(False)
             self._adapters(site)[name] = module
         if draft.saved and not hasattr(self, SAVED):
@@ -465,10 +460,6 @@ class FastPromptModel(nn.Module):
             for key in module.state_dict()
         }
 
-    def _replace_host(self, site: Site) -> None:
-        host = self.get_submodule(site.host)
-        replace_forward(host, MethodType(site.forward, host))
-
     def _adapters(self, site: Site) -> SiteAdapters:
         adapters = getattr(self.get_submodule(site.host), CHILD)
         assert isinstance(adapters, SiteAdapters)
@@ -478,12 +469,6 @@ class FastPromptModel(nn.Module):
         saved = getattr(self, SAVED)
         assert isinstance(saved, SavedModules)
         return saved
-
-    def _base_class(self) -> type[nn.Module]:
-        return self._fast_prompt_base_class
-
-    def _config(self) -> object:
-        return getattr(self, "config", None)
 
     def _check_known(self, name: str) -> None:
         if name not in self._fast_prompt.configs:

@@ -1,0 +1,131 @@
+"""Triton on NVIDIA and AMD GPUs, and in Triton's interpreter where ``TRITON_INTERPRET=1`` says so.
+
+The kernels are in ``fast_prompt_kernels``, imported at the first call: triton takes long to import, and may be absent.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+name = "triton"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_PROMPTS = 1024  # a row's scores stay on chip
+_MOST_PROMPTS_AMD_FLOAT32 = 512  # a step through 1024 keys in float32 is all of the chip's 64 KiB of shared memory
+_LEAST_CAPABILITY = (8, 0)  # Ampere
+
+
+class _Call(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def weight_dtype(self) -> torch.dtype: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def num_prompts(self) -> int: ...
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, slowly, on the CPU: ``TRITON_INTERPRET`` when the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there is no Triton here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if not interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA or ROCm device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def refuses(op: str, call: _Call) -> str | None:
+    """Why this backend cannot take a call, or None."""
+    if call.device.type != "cuda" and not (call.device.type == "cpu" and interpreted()):
+        return f"runs on cuda, not on {call.device.type}"
+    return _refuses_dtypes(call) or _refuses_sizes(call) or _refuses_chip(call.device)
+
+
+def _refuses_dtypes(call: _Call) -> str | None:
+    if call.dtype not in _DTYPES:
+        return f"has float32, bfloat16 and float16, not {call.dtype}"
+    if call.weight_dtype not in (call.dtype, torch.float32):
+        return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
+    return None
+
+
+def _refuses_sizes(call: _Call) -> str | None:
+    amd_float32 = torch.version.hip is not None and call.dtype == torch.float32
+    most = _MOST_PROMPTS_AMD_FLOAT32 if amd_float32 else _MOST_PROMPTS
+    if call.num_prompts > most:
+        return f"takes up to {most} prompts, not {call.num_prompts}"
+    if call.num_prompts * call.width >= 2**31:
+        return f"takes weights of fewer than 2**31 elements, not {call.num_prompts} x {call.width}"
+    return None
+
+
+@functools.cache
+def _refuses_chip(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= _LEAST_CAPABILITY else f"needs compute capability 8.0, not {major}.{minor}"
+
+
+def prompt_diffusion(
+    hidden: Tensor,
+    source: Tensor,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    row_weight: str,
+    dropout_p: float,
+) -> Tensor:
+    """``fast_prompt.reference.prompt_diffusion`` for hidden and source [B, n, d], not empty, log_scale float32."""
+    return _kernels().prompt_diffusion(
+        hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p
+    )
+
+
+def prompt_diffusion_backward(
+    grad: Tensor,
+    hidden: Tensor | None,
+    source: Tensor,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    row_weight: str,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``prompt_diffusion`` for ``grad`` [B, n, d].
+
+    Args:
+        grad: the output's gradient; the other tensors are the forward's.
+        hidden: may be None where the gradient of log_scale is not needed.
+        needs: for hidden, source, prompts, keys and log_scale, whether its gradient is wanted.
+
+    Returns:
+        Five gradients, contiguous, in their inputs' dtypes; None where not wanted.
+    """
+    settings = (activation, row_weight, dropout_p)
+    return _kernels().prompt_diffusion_backward(grad, hidden, source, prompts, keys, log_scale, seed, *settings, needs)
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("fast_prompt_kernels.prompt_diffusion")

@@ -1,0 +1,604 @@
+"""Triton kernels of ``prompt_diffusion``: ``Y = e^s (H + w * (R P))``, ``R = dropout(act(X K^T))``, ``w = rowmax(R)``.
+
+X, H and Y are [M, d] with M = B n rows, P and K are [p, d], R is [M, p]; `fast_prompt.reference` is the definition.
+
+Forward: one kernel, a program for each tile of rows. It walks d once to sum S = X K^T for its rows and all p prompts
+on chip, turns S into R and w there, and walks d again to write Y. X, H and Y cross device memory once, R never. That
+is 4 p d FLOP a row for 3 d elements: 133 FLOP/byte at p = 200 in bfloat16, below the 250 or so where a Hopper-class
+GPU turns from memory-bound to compute-bound. Every tile reads the weights, so they come from the L2 cache.
+
+Backward: R and dS are the coefficients of every gradient, dP = (e^s w R)^T G, dK = dS^T X and dX = dS K.
+
+1. `coefficients_kernel`, laid out like the forward, forms S again, sums T = G P^T, and writes e^s w R and dS [M, p],
+   dH, and one partial sum of ds a tile. It reads X, G and H once.
+2. `source_gradient_kernel` is the product dX = dS K.
+3. `weight_gradient_kernel` is the product for dP or dK, its long sum over rows split among programs, and
+   `sum_splits_kernel` adds the splits in order. No atomics: the same bits every time.
+
+Why R and dS go through device memory, here and only here: a sum of [p, d] does not fit on chip, so a kernel for dP
+and dK must cut d or p, and without stored coefficients it forms S and T anew in every piece. Each time costs 4 d FLOP
+for each of the M p elements (3,072 at d = 768: 8 ps at 400 TFLOP/s); writing and reading both matrices costs 8 bytes
+in bfloat16 (3 ps at 3 TB/s, less from L2). In float32 the gap is wider. They are freed on return.
+
+Precision: sums are float32. Where activations are float16, coefficients lose their row's scale before they are
+rounded, since a squared softmax weight would leave float16's range. Float32 weights beside half activations
+(autocast) are rounded to half once, and what rounding took from the keys is multiplied in a second pass of S:
+ReLU's gate would otherwise open or close on rounding errors. Float32 products are exact ("ieee") and leave NVIDIA's
+tensor cores idle; three TF32 products would be faster and about ten times less exact, which again moves gates.
+
+Large p: a program takes 64 rows up to p = 256, 32 at 512 and 16 at 1024, so that all of S stays in registers. X is read
+once whatever p is; the price is that L2 delivers the weights more often.
+
+Speeds above are arithmetic: none of these kernels has run on a GPU yet.
+"""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_TINY = tl.constexpr(1e-30)  # its reciprocal is finite
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tile operations
+
+
+@triton.jit
+def _dot(a, b, total):
+    """``total + a @ b``, summed in float32."""
+    if INTERPRETED:  # the interpreter multiplies bfloat16 as if its bits were integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _round(tile, dtype: tl.constexpr):
+    """``tile`` in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the low bits off
+        bits = tile.to(tl.uint32, bitcast=True)
+        tile = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return tile.to(dtype)
+
+
+@triton.jit
+def _coefficient_dot(a, b, total):
+    """``total + a @ b``; float32 coefficients beside half ``b`` lose each row's scale before they are rounded."""
+    if a.dtype == b.dtype:
+        return _dot(a, b, total)
+    unit = tl.maximum(tl.max(tl.abs(a), axis=1), _TINY)
+    return total + unit[:, None] * _dot(_round(a * (1.0 / unit)[:, None], b.dtype), b, tl.zeros_like(total))
+
+
+@triton.jit
+def _row_offsets(row, rows_per_batch, stride_batch, stride_row, FLAT: tl.constexpr):
+    """Where rows begin in a [B, n, d] tensor of any batch and row strides; FLAT when one stride serves all rows."""
+    if FLAT:
+        return row * stride_row
+    return (row // rows_per_batch) * stride_batch + (row % rows_per_batch) * stride_row
+
+
+@triton.jit
+def _load(base, first, second, first_valid, second_valid):
+    """The tile ``base[first[i] + second[j]]``, zero outside."""
+    return tl.load(base + (first[:, None] + second[None, :]), first_valid[:, None] & second_valid[None, :], other=0.0)
+
+
+@triton.jit
+def _store(base, first, second, first_valid, second_valid, tile):
+    tile = _round(tile, base.dtype.element_ty)
+    tl.store(base + (first[:, None] + second[None, :]), tile, first_valid[:, None] & second_valid[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# R, as forward and backward both compute it
+
+
+@triton.jit
+def _add_scores(scores, source, offsets, valid, keys, d, p, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
+    """``scores + source[rows] @ keys.T``."""
+    column = tl.arange(0, BLOCK_P)
+    for start in tl.range(0, d, BLOCK_D):
+        lane = start + tl.arange(0, BLOCK_D)
+        x = _load(source, offsets, lane, valid, lane < d)
+        scores = _dot(x, _load(keys, lane, column * d, lane < d, column < p), scores)
+    return scores
+
+
+@triton.jit
+def _negate_dropped(active, row, column, p, seed, threshold):
+    counter = row[:, None] * p + column[None, :]
+    low = counter.to(tl.uint32)
+    zero = tl.zeros_like(low)
+    word, _, _, _ = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
+    return tl.where(word >= threshold, active, -active)
+
+
+@triton.jit
+def _signed_activation(
+    source, offsets, valid, row, keys, keys_low, seed, threshold, d, p,
+    SOFTMAX: tl.constexpr, DROPOUT: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """``act(X K^T)``, negated where dropout drops it: one tile tells the backward both, and registers are scarce."""
+    column = tl.arange(0, BLOCK_P)
+    scores = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    scores = _add_scores(scores, source, offsets, valid, keys, d, p, BLOCK_D, BLOCK_P)
+    if SPLIT_KEYS:
+        scores = _add_scores(scores, source, offsets, valid, keys_low, d, p, BLOCK_D, BLOCK_P)
+    inside = (column < p)[None, :]
+    if SOFTMAX:
+        scores = tl.where(inside, scores, float("-inf"))
+        signed = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    else:
+        signed = tl.where(inside & ~(scores <= 0), scores, 0.0)  # a NaN stays
+    if DROPOUT:  # even and odd columns in turn, which halves the registers that Philox needs at once
+        seed = tl.load(seed)
+        even, odd = tl.split(tl.reshape(signed, [BLOCK_M, BLOCK_P // 2, 2]))
+        pair = 2 * tl.arange(0, BLOCK_P // 2)
+        even = _negate_dropped(even, row, pair, p, seed, threshold)
+        odd = _negate_dropped(odd, row, pair + 1, p, seed, threshold)
+        signed = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_P])
+    if SOFTMAX:
+        signed *= (1.0 / tl.sum(tl.abs(signed), axis=1))[:, None]
+    return signed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit
+def forward_kernel(
+    output, hidden, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
+    rows, rows_per_batch, d, p,
+    hidden_stride_batch, hidden_stride_row, source_stride_batch, source_stride_row,
+    HIDDEN_FLAT: tl.constexpr, SOURCE_FLAT: tl.constexpr,
+    SOFTMAX: tl.constexpr, MAX_WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Y for BLOCK_M rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    source_offsets = _row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
+    hidden_offsets = _row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
+    signed = _signed_activation(
+        source, source_offsets, valid, row, keys, keys_low, seed, threshold, d, p,
+        SOFTMAX, DROPOUT, SPLIT_KEYS, BLOCK_M, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+    kept = tl.where(signed <= 0, 0.0, signed)
+    largest = tl.max(kept, axis=1)
+    unit = tl.maximum(largest, _TINY)
+    coefficients = _round(kept * (1.0 / unit)[:, None], prompts.dtype.element_ty)
+    weight = unit * keep_scale
+    if MAX_WEIGHT:
+        weight *= largest * keep_scale
+    scale = tl.exp(tl.load(log_scale))
+    column = tl.arange(0, BLOCK_P)
+    for start in tl.range(0, d, BLOCK_D):
+        lane = start + tl.arange(0, BLOCK_D)
+        prompt = _load(prompts, column * d, lane, column < p, lane < d)
+        mixed = _dot(coefficients, prompt, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+        h = _load(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
+        _store(output, row * d, lane, valid, lane < d, scale * (h + weight[:, None] * mixed))
+
+
+@triton.jit
+def coefficients_kernel(
+    prompt_coefficients, key_coefficients, grad_hidden, scale_partials,
+    grad, hidden, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
+    rows, rows_per_batch, d, p, pitch,
+    grad_stride_batch, grad_stride_row, hidden_stride_batch, hidden_stride_row, source_stride_batch, source_stride_row,
+    GRAD_FLAT: tl.constexpr, HIDDEN_FLAT: tl.constexpr, SOURCE_FLAT: tl.constexpr,
+    NEED_PROMPTS: tl.constexpr, NEED_SCORES: tl.constexpr, NEED_HIDDEN: tl.constexpr, NEED_SCALE: tl.constexpr,
+    SOFTMAX: tl.constexpr, MAX_WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """For BLOCK_M rows: ``e^s w R``, dS, dH, and their share of ds; each only when it is needed."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    column = tl.arange(0, BLOCK_P)
+    scale = tl.exp(tl.load(log_scale))
+    if NEED_PROMPTS or NEED_SCORES or NEED_SCALE:
+        source_offsets = _row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
+        signed = _signed_activation(
+            source, source_offsets, valid, row, keys, keys_low, seed, threshold, d, p,
+            SOFTMAX, DROPOUT, SPLIT_KEYS, BLOCK_M, BLOCK_D, BLOCK_P,
+        )  # fmt: skip
+        weight = tl.full([BLOCK_M], 1.0, tl.float32) * scale * keep_scale
+        if MAX_WEIGHT:
+            weight *= tl.maximum(tl.max(signed, axis=1), 0.0) * keep_scale
+        if NEED_PROMPTS:
+            kept = tl.where(signed <= 0, 0.0, signed)
+            _store(prompt_coefficients, row * pitch, column, valid, column < pitch, weight[:, None] * kept)
+
+    product = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)  # T = G P^T
+    overlap = tl.zeros([BLOCK_M], tl.float32)  # rows' sums of G H
+    if NEED_SCORES or NEED_HIDDEN or NEED_SCALE:
+        grad_offsets = _row_offsets(row, rows_per_batch, grad_stride_batch, grad_stride_row, GRAD_FLAT)
+        hidden_offsets = _row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
+        for start in tl.range(0, d, BLOCK_D):
+            lane = start + tl.arange(0, BLOCK_D)
+            g = _load(grad, grad_offsets, lane, valid, lane < d)
+            if NEED_SCORES or NEED_SCALE:
+                product = _dot(g, _load(prompts, lane, column * d, lane < d, column < p), product)
+            g = g.to(tl.float32)
+            if NEED_HIDDEN:
+                _store(grad_hidden, row * d, lane, valid, lane < d, scale * g)
+            if NEED_SCALE:
+                h = _load(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
+                overlap += tl.sum(g * h, axis=1)
+
+    if NEED_SCORES or NEED_SCALE:
+        product *= weight[:, None]  # dR, times the scale of what dropout keeps
+        pull = tl.where(signed > 0, signed * product, 0.0)  # R dR
+        moment = tl.sum(pull, axis=1)
+        if NEED_SCALE:
+            tl.store(scale_partials + tl.program_id(0), tl.sum(scale * overlap + moment))
+        if NEED_SCORES:
+            grad_scores = pull - tl.abs(signed) * moment[:, None] if SOFTMAX else tl.where(signed > 0, product, 0.0)
+            _store(key_coefficients, row * pitch, column, valid, column < pitch, grad_scores)
+
+
+@triton.jit
+def source_gradient_kernel(
+    grad_source, key_coefficients, keys, rows, d, p, pitch,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_M, BLOCK_D] tile of dX = dS K."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in tl.range(0, p, BLOCK_P):
+        column = start + tl.arange(0, BLOCK_P)
+        a = _load(key_coefficients, row * pitch, column, row < rows, column < pitch)
+        total = _coefficient_dot(a, _load(keys, column * d, lane, column < p, lane < d), total)
+    _store(grad_source, row * d, lane, row < rows, lane < d, total)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    splits, coefficients, tensor, rows, rows_per_split, rows_per_batch, d, p, pitch, stride_batch, stride_row,
+    FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_P, BLOCK_D] tile of ``coefficients.T @ tensor`` over the rows of one split."""
+    column = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(2).to(tl.int64)
+    first = split * rows_per_split
+    end = tl.minimum(first + rows_per_split, rows)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for start in tl.range(first, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        offsets = _row_offsets(row, rows_per_batch, stride_batch, stride_row, FLAT)
+        a = _load(coefficients, column, row * pitch, column < pitch, row < end)
+        total = _coefficient_dot(a, _load(tensor, offsets, lane, row < end, lane < d), total)
+    _store(splits + split * p * d, column * d, lane, column < p, lane < d, total)
+
+
+@triton.jit
+def sum_splits_kernel(output, splits, num_splits, size, BLOCK: tl.constexpr):
+    """``output = splits.sum(0)`` in order, ``splits`` [num_splits, size]."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.range(0, num_splits):
+        total += tl.load(splits + element, mask=element < size, other=0.0)
+        splits += size
+    tl.store(output + element, _round(total, output.dtype.element_ty), mask=element < size)
+
+
+@triton.jit
+def round_weights_kernel(prompts_half, keys_half, keys_low, prompts, keys, size, BLOCK: tl.constexpr):
+    """Float32 weights in half precision; ``keys_low`` is what rounding took from the keys."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    dtype: tl.constexpr = keys_half.dtype.element_ty
+    tl.store(prompts_half + element, _round(tl.load(prompts + element, mask=inside), dtype), mask=inside)
+    key = tl.load(keys + element, mask=inside)
+    half = _round(key, dtype)
+    tl.store(keys_half + element, half, mask=inside)
+    tl.store(keys_low + element, _round(key - half.to(tl.float32), dtype), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tiles, chosen by p and dtype, and never tuned by a length. Each compiles for every target without a spilled register
+# and within 99 KiB of shared memory, the least of any chip since Ampere; tests/test_aot.py holds them to that.
+
+
+class Tile(NamedTuple):
+    """How a program works: BLOCK_M rows, BLOCK_D of the width at a time, its warps (of 32), loads in flight."""
+
+    rows: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+# By p rounded up to a power of two.
+_HALF_TILES = {
+    16: Tile(64, 64, 4, 3),
+    32: Tile(64, 64, 4, 3),
+    64: Tile(64, 64, 4, 3),
+    128: Tile(64, 64, 8, 2),
+    256: Tile(64, 32, 8, 3),
+    512: Tile(32, 16, 8, 2),
+    1024: Tile(16, 16, 8, 2),
+}
+_FLOAT32_TILES = {
+    16: Tile(64, 32, 4, 2),
+    32: Tile(32, 32, 4, 2),
+    64: Tile(32, 32, 4, 2),
+    128: Tile(32, 16, 8, 2),
+    256: Tile(32, 16, 8, 2),
+    512: Tile(16, 16, 8, 2),
+    1024: Tile(8, 16, 8, 2),
+}
+_FEWEST_ROWS = 16  # that the tensor cores multiply
+_PRODUCT_TILES = {True: Tile(64, 64, 4, 3), False: Tile(32, 64, 4, 2)}  # by whether activations are half
+_SPLIT_ROWS = 256  # the weight gradients' sum over rows is cut into no shorter pieces
+_ELEMENTS = 1024  # of one program of an elementwise kernel
+
+
+def row_tile(num_prompts: int, dtype: torch.dtype) -> Tile:
+    """The tile of the kernels that hold a row's scores, for activations in ``dtype``."""
+    tiles = _FLOAT32_TILES if dtype == torch.float32 else _HALF_TILES
+    return tiles[padded_prompts(num_prompts)]
+
+
+def narrow(tile: Tile) -> Tile:
+    """The same tile with few rows, for inputs too small to give every multiprocessor one of the full size."""
+    return tile._replace(rows=min(tile.rows, _FEWEST_ROWS))
+
+
+def product_tile(dtype: torch.dtype) -> Tile:
+    """The tile of the backward's products: rows of what is summed or written, BLOCK_D."""
+    return _PRODUCT_TILES[dtype != torch.float32]
+
+
+def padded_prompts(num_prompts: int) -> int:
+    """BLOCK_P: p rounded up to a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(num_prompts))
+
+
+def product_prompts(num_prompts: int, dtype: torch.dtype) -> int:
+    """BLOCK_P of the backward's products, which go through p in pieces."""
+    return min(padded_prompts(num_prompts), 64 if dtype != torch.float32 else 32)
+
+
+def coefficients_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the backward keeps R and dS in: float16's range is too small for them before they are scaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def launch_options(tile: Tile, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+    """Triton's launch options; AMD's warps are twice as wide and its loads go no deeper than two."""
+    if hip:
+        return {"num_warps": tile.num_warps // 2, "num_stages": min(tile.num_stages, 2)}
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers. Nothing here reads device memory or waits for the device, so CUDA graphs can capture it.
+
+
+class _Rows(NamedTuple):
+    """A [B, n, d] tensor as kernels take it: neighbouring elements in a row, any stride of rows and batches."""
+
+    tensor: Tensor | None
+    stride_batch: int
+    stride_row: int
+    flat: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "_Rows":
+        if tensor is None:
+            return cls(None, 0, 0, True)
+        batch, rows_per_batch, width = tensor.shape
+        if width > 1 and tensor.stride(2) != 1:
+            tensor = tensor.contiguous()
+        stride_batch, stride_row, _ = tensor.stride()
+        if rows_per_batch == 1:
+            return cls(tensor, 0, stride_batch, True)
+        return cls(tensor, stride_batch, stride_row, batch == 1 or stride_batch == rows_per_batch * stride_row)
+
+    def strides(self, name: str) -> dict[str, int | bool]:
+        """Kernel arguments."""
+        return {
+            f"{name}_stride_batch": self.stride_batch,
+            f"{name}_stride_row": self.stride_row,
+            f"{name.upper()}_FLAT": self.flat,
+        }
+
+
+class _Weights(NamedTuple):
+    """Contiguous prompts and keys in the activations' dtype; ``keys_low`` is what rounding took, or None."""
+
+    prompts: Tensor
+    keys: Tensor
+    keys_low: Tensor | None
+
+    @classmethod
+    def of(cls, prompts: Tensor, keys: Tensor, dtype: torch.dtype) -> "_Weights":
+        prompts, keys = prompts.contiguous(), keys.contiguous()
+        if keys.dtype == dtype:
+            return cls(prompts, keys, None)
+        half = torch.empty((3, *keys.shape), dtype=dtype, device=keys.device)
+        size = keys.numel()
+        round_weights_kernel[(triton.cdiv(size, _ELEMENTS),)](*half, prompts, keys, size, BLOCK=_ELEMENTS)
+        return cls(*half)
+
+
+class _Plan(NamedTuple):
+    """What the forward and the backward of one call share."""
+
+    rows: int
+    rows_per_batch: int
+    width: int
+    num_prompts: int
+    tile: Tile
+    arguments: dict[str, object]  # of the kernels that hold a row's scores
+
+    @classmethod
+    def of(
+        cls, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, seed: Tensor | None,
+        activation: str, row_weight: str, dropout_p: float,
+    ) -> "_Plan":  # fmt: skip
+        batch, rows_per_batch, width = source.shape
+        rows, num_prompts = batch * rows_per_batch, prompts.shape[0]
+        tile = row_tile(num_prompts, source.dtype)
+        if triton.cdiv(rows, tile.rows) < _multiprocessors(source.device):
+            tile = narrow(tile)
+        weights = _Weights.of(prompts, keys, source.dtype)
+        rows_of_source = _Rows.of(source)
+        arguments = {
+            "source": rows_of_source.tensor,
+            "prompts": weights.prompts,
+            "keys": weights.keys,
+            "keys_low": weights.keys_low,
+            "log_scale": log_scale,
+            "seed": seed,
+            "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
+            "keep_scale": 1 / (1 - dropout_p),
+            "rows": rows,
+            "rows_per_batch": rows_per_batch,
+            "d": width,
+            "p": num_prompts,
+            **rows_of_source.strides("source"),
+            "SOFTMAX": activation == "softmax",
+            "MAX_WEIGHT": row_weight == "max",
+            "DROPOUT": dropout_p > 0,
+            "SPLIT_KEYS": weights.keys_low is not None,
+            "BLOCK_M": tile.rows,
+            "BLOCK_D": tile.width,
+            "BLOCK_P": padded_prompts(num_prompts),
+            **launch_options(tile),
+        }
+        return cls(rows, rows_per_batch, width, num_prompts, tile, arguments)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(self.rows, self.tile.rows),)
+
+
+def prompt_diffusion(
+    hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, seed: Tensor | None,
+    activation: str, row_weight: str, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """``fast_prompt.reference.prompt_diffusion``.
+
+    Args:
+        hidden, source: [B, n, d] float32, bfloat16 or float16, not empty, any strides.
+        prompts, keys: [p, d] of that dtype or float32, p up to 1024.
+        log_scale: float32 scalar on the same device; it is not read on the host.
+        seed: int64 scalar on the same device, or None where ``dropout_p`` is 0.
+        activation, row_weight, dropout_p: as in the reference.
+
+    Returns:
+        [B, n, d], contiguous, dtype of ``hidden``.
+    """
+    with _device_guard(source.device):
+        plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
+        rows_of_hidden = _Rows.of(hidden)
+        output = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        forward_kernel[plan.grid](
+            output=output, hidden=rows_of_hidden.tensor, **rows_of_hidden.strides("hidden"), **plan.arguments
+        )
+    return output
+
+
+def prompt_diffusion_backward(
+    grad: Tensor, hidden: Tensor | None, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor,
+    seed: Tensor | None, activation: str, row_weight: str, dropout_p: float, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of ``prompt_diffusion``.
+
+    Args:
+        grad: [B, n, d], the output's gradient, any strides; it is not written to.
+        hidden: may be None where the gradient of ``log_scale`` is not needed.
+        source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p: as in the forward.
+        needs: for hidden, source, prompts, keys and log_scale, whether its gradient is wanted.
+
+    Returns:
+        Five gradients, contiguous, in their inputs' dtypes; None where not wanted. Equal calls give equal bits.
+    """
+    need_hidden, need_source, need_prompts, need_keys, need_scale = needs
+    with _device_guard(source.device):
+        plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
+        rows_of_grad, rows_of_hidden = _Rows.of(grad), _Rows.of(hidden if need_scale else None)
+        pitch = 16 * triton.cdiv(plan.num_prompts, 16)  # keeps rows of the coefficients aligned for wide loads
+
+        def empty(needed: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=source.device) if needed else None
+
+        dtype = coefficients_dtype(source.dtype)
+        prompt_coefficients = empty(need_prompts, (plan.rows, pitch), dtype)
+        key_coefficients = empty(need_source or need_keys, (plan.rows, pitch), dtype)
+        grad_hidden = empty(need_hidden, source.shape, source.dtype)
+        scale_partials = empty(need_scale, plan.grid, torch.float32)
+        coefficients_kernel[plan.grid](
+            prompt_coefficients=prompt_coefficients, key_coefficients=key_coefficients,
+            grad_hidden=grad_hidden, scale_partials=scale_partials,
+            grad=rows_of_grad.tensor, **rows_of_grad.strides("grad"),
+            hidden=rows_of_hidden.tensor, **rows_of_hidden.strides("hidden"), pitch=pitch,
+            NEED_PROMPTS=need_prompts, NEED_SCORES=need_source or need_keys, NEED_HIDDEN=need_hidden,
+            NEED_SCALE=need_scale, **plan.arguments,
+        )  # fmt: skip
+        weight_dtype = prompts.dtype
+        return (
+            grad_hidden,
+            _source_gradient(key_coefficients, plan) if need_source else None,
+            _weight_gradient(prompt_coefficients, rows_of_grad, plan, weight_dtype) if need_prompts else None,
+            _weight_gradient(key_coefficients, _Rows.of(source), plan, weight_dtype) if need_keys else None,
+            scale_partials.sum() if need_scale else None,
+        )
+
+
+def _source_gradient(key_coefficients: Tensor, plan: _Plan) -> Tensor:
+    """dX = dS K, [B, n, d]."""
+    source, keys = plan.arguments["source"], plan.arguments["keys"]
+    output = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    tile = product_tile(source.dtype)
+    source_gradient_kernel[triton.cdiv(plan.rows, tile.rows), triton.cdiv(plan.width, tile.width)](
+        output, key_coefficients, keys, plan.rows, plan.width, plan.num_prompts, key_coefficients.shape[1],
+        BLOCK_M=tile.rows, BLOCK_D=tile.width, BLOCK_P=product_prompts(plan.num_prompts, source.dtype),
+        **launch_options(tile),
+    )  # fmt: skip
+    return output
+
+
+def _weight_gradient(coefficients: Tensor, rows: _Rows, plan: _Plan, dtype: torch.dtype) -> Tensor:
+    """``coefficients.T @ rows``, [p, d] in ``dtype``; split over rows until every multiprocessor has two programs."""
+    p, d = plan.num_prompts, plan.width
+    tile, block_p = product_tile(rows.tensor.dtype), product_prompts(p, rows.tensor.dtype)
+    tiles = triton.cdiv(p, block_p), triton.cdiv(d, tile.width)
+    wanted = triton.cdiv(2 * _multiprocessors(coefficients.device), tiles[0] * tiles[1])
+    rows_per_split = max(_SPLIT_ROWS, triton.cdiv(triton.cdiv(plan.rows, wanted), tile.rows) * tile.rows)
+    num_splits = triton.cdiv(plan.rows, rows_per_split)
+    output = torch.empty((p, d), dtype=dtype, device=coefficients.device)
+    splits = output
+    if num_splits > 1:
+        splits = torch.empty((num_splits, p, d), dtype=torch.float32, device=coefficients.device)
+    weight_gradient_kernel[(*tiles, num_splits)](
+        splits, coefficients, rows.tensor, plan.rows, rows_per_split, plan.rows_per_batch, d, p, coefficients.shape[1],
+        rows.stride_batch, rows.stride_row,
+        FLAT=rows.flat, BLOCK_M=tile.rows, BLOCK_D=tile.width, BLOCK_P=block_p, **launch_options(tile),
+    )  # fmt: skip
+    if num_splits > 1:
+        sum_splits_kernel[(triton.cdiv(p * d, _ELEMENTS),)](output, splits, num_splits, p * d, BLOCK=_ELEMENTS)
+    return output
+
+
+def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device's current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side; a few for the interpreter, so that it takes the same paths."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

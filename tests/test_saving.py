@@ -1,0 +1,298 @@
+"""An adapter's files: whole, loadable, and refused with a reason where they are not."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import MODELS, VISION, assert_same, bert_classifier, build, run, snapshot, stir
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from fast_prompt.methods import APTConfig
+from fast_prompt.tuning import FastPromptModel, get_fast_prompt_model
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEAD = APTConfig(num_prompts=3, modules_to_save=["classifier"])
+
+
+def trained(config: APTConfig = HEAD, name: str = "vit") -> tuple[nn.Module, dict]:
+    """A model whose adapter and head differ from any fresh one."""
+    model, inputs = build(name)
+    get_fast_prompt_model(model, config)
+    stir(model)
+    if config.modules_to_save:
+        nn.init.normal_(model.classifier.weight)
+    return model, inputs
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_adapter_gives_a_fresh_base_the_same_output(name, tmp_path):
+    model, inputs = trained(APTConfig(num_prompts=3), name)
+    model.save_pretrained(tmp_path)
+    assert set(files_in(tmp_path)) == {CONFIG, WEIGHTS}
+    loaded = FastPromptModel.from_pretrained(build(name)[0], tmp_path)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_the_whole_trainable_state_is_saved_and_nothing_of_the_base(tmp_path):
+    """PEFT #2256: training cannot be resumed from a file that holds part of the state."""
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS)
+    expected = {n.replace("default.", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert {name.rpartition(".")[2] for name in saved} == {
+        "prompts",
+        "key_down",
+        "key_up",
+        "log_scale",
+        "weight",
+        "bias",
+    }
+
+
+def test_the_config_says_what_it_is_for(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert values["method"] == "APT"
+    assert values["base_model_class"] == "ViTForImageClassification"
+    assert values["base_model_type"] == "vit"
+    assert APTConfig.from_pretrained(tmp_path) == HEAD
+
+
+def test_a_config_survives_its_own_file(tmp_path):
+    config = APTConfig(
+        num_prompts=7,
+        rank=2,
+        activation="softmax",
+        row_weight="none",
+        dropout=0.25,
+        learn_scale=False,
+        target_modules=["attention"],
+        modules_to_save=["classifier"],
+    )
+    config.save_pretrained(tmp_path / "new")
+    assert APTConfig.from_pretrained(tmp_path / "new") == config
+    assert APTConfig(**{k: v for k, v in config.to_dict().items() if k != "method"}) == config
+
+
+def test_from_pretrained_freezes_unless_told_otherwise(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    frozen = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    training = FastPromptModel.from_pretrained(build("vit")[0], tmp_path, is_trainable=True)
+    assert [p.requires_grad for p in training.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_several_adapters_are_saved_beside_each_other(tmp_path):
+    model, inputs = trained()
+    first = run(model, inputs)
+    model.add_adapter("second", APTConfig(num_prompts=2))
+    model.set_adapter("second")
+    second = run(model, inputs)
+    model.save_pretrained(tmp_path / "all")
+    assert set(files_in(tmp_path / "all")) == {CONFIG, WEIGHTS, f"default/{CONFIG}", f"default/{WEIGHTS}"}
+    model.save_pretrained(tmp_path / "one", selected_adapters=["default"])
+    assert set(files_in(tmp_path / "one")) == {CONFIG, WEIGHTS}
+    fresh = FastPromptModel.from_pretrained(build("vit")[0], tmp_path / "all", "b")
+    fresh.load_adapter(tmp_path / "all" / "default", "a")
+    assert torch.equal(run(fresh, inputs), second)
+    fresh.set_adapter("a")
+    assert torch.equal(run(fresh, inputs), first)
+    fresh.set_adapter("b")
+    assert torch.equal(run(fresh, inputs), second)
+    with pytest.raises(ValueError, match="adapter_name: expected one of"):
+        model.save_pretrained(tmp_path / "none", selected_adapters=["third"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_loading_over_an_adapter_keeps_its_parameters(tmp_path):
+    """An optimizer that holds them goes on."""
+    model, inputs = trained()
+    model.save_pretrained(tmp_path)
+    output, parameters = run(model, inputs), list(map(id, model.parameters()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(run(model, inputs), output)
+    assert list(map(id, model.parameters())) == parameters
+    assert model.classifier.weight.requires_grad
+
+
+def test_an_adapter_is_saved_from_a_gathered_state(tmp_path):
+    """What sharded training hands over: names of the whole model."""
+    model, _ = trained()
+    model.add_adapter("second", HEAD)
+    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "gathered", state_dict=dict(model.state_dict()))
+    assert files_in(tmp_path / "own") == files_in(tmp_path / "gathered")
+
+
+def test_only_the_main_process_writes(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path / "new", is_main_process=False)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fails_at", ["safetensors", "write", "first rename", "second rename"])
+def test_a_save_that_dies_leaves_the_old_adapter_whole(fails_at, tmp_path, monkeypatch):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    old = files_in(tmp_path)
+    other, _ = trained(APTConfig(num_prompts=5))
+
+    def die(*args, **kwargs):
+        raise OSError("disk full")
+
+    replace, calls = Path.replace, []
+
+    def die_later(self, target):
+        calls.append(target)
+        return die() if len(calls) == 2 else replace(self, target)
+
+    target, name, function = {
+        "safetensors": ("fast_prompt.tuning.files.save", None, die),
+        "write": (os, "fsync", die),
+        "first rename": (Path, "replace", die),
+        "second rename": (Path, "replace", die_later),
+    }[fails_at]
+    if name is None:
+        monkeypatch.setattr(target, function)
+    else:
+        monkeypatch.setattr(target, name, function)
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert files_in(tmp_path) == old
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def edit(**changes):
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def edit_tensors(change):
+    def rewrite(path: Path) -> None:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return rewrite
+
+
+PROMPTS = "vit.layers.0.attention.fast_prompt.prompts"
+
+BROKEN = {
+    "no config": (CONFIG, Path.unlink, FileNotFoundError, CONFIG),
+    "no weights": (WEIGHTS, Path.unlink, FileNotFoundError, WEIGHTS),
+    "cut config": (CONFIG, cut, ValueError, "not valid JSON"),
+    "a list": (CONFIG, lambda path: path.write_text("[1]"), ValueError, "expected a JSON object"),
+    "cut weights": (WEIGHTS, cut, ValueError, f"{WEIGHTS}: not a whole safetensors file"),
+    "empty weights": (WEIGHTS, lambda path: path.write_bytes(b""), ValueError, "not a whole safetensors file"),
+    "a pickle": (WEIGHTS, lambda path: torch.save({"a": torch.ones(1)}, path), ValueError, "not a whole safetensors"),
+    "another library's": (CONFIG, edit(method=None, peft_type="LORA"), ValueError, "got method 'LORA'"),
+    "a bad setting": (CONFIG, edit(rank=0), ValueError, f"{CONFIG}: rank: expected .* got 0"),
+    "other settings": (CONFIG, edit(num_prompts=4), ValueError, rf"of another shape: {PROMPTS} \[3, 32\] in the file"),
+    "fewer tensors": (WEIGHTS, edit_tensors(lambda t: t.pop(PROMPTS)), ValueError, f"missing from the file: {PROMPTS}"),
+    "more tensors": (
+        WEIGHTS,
+        edit_tensors(lambda t: t.update(x=torch.ones(1))),
+        ValueError,
+        r"made for ViTForImageClassification\) does not fit this model; not in this model: x",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_or_foreign_adapter_is_refused_before_anything_changes(case, tmp_path):
+    name, damage, error, message = BROKEN[case]
+    trained()[0].save_pretrained(tmp_path)
+    damage(tmp_path / name)
+    model, _ = build("vit")
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        FastPromptModel.from_pretrained(model, tmp_path)
+    assert_same(before, snapshot(model))
+    get_fast_prompt_model(model, HEAD)
+    before = snapshot(model)
+    for adapter_name in ("second", "default"):
+        with pytest.raises((error, ValueError)):
+            model.load_adapter(tmp_path, adapter_name)
+        assert_same(before, snapshot(model))
+
+
+def wider_vit() -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**VISION | {"hidden_size": 48}, num_labels=5))
+
+
+def deeper_vit() -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**VISION | {"num_hidden_layers": 3}, num_labels=5))
+
+
+def another_architecture() -> nn.Module:
+    return bert_classifier()[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (wider_vit, "of another shape: vit.layers.0.attention.fast_prompt.prompts .3, 32. in the file, .3, 48. here"),
+        (deeper_vit, "missing from the file: vit.layers.2.attention.fast_prompt.prompts"),
+        (another_architecture, "made for ViTForImageClassification.*not in this model: vit.layers.* and 4 more"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(make, message, tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        FastPromptModel.from_pretrained(model, tmp_path)
+    assert_same(before, snapshot(model))
+
+
+def test_other_settings_under_a_name_in_use_are_refused(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    other, _ = trained(APTConfig(num_prompts=4, modules_to_save=["classifier"]))
+    with pytest.raises(ValueError, match="'default' exists with other settings.*num_prompts 4 here, 3 there"):
+        other.load_adapter(tmp_path, "default")
+
+
+def test_unknown_keys_are_warned_about(tmp_path):
+    model, inputs = trained()
+    model.save_pretrained(tmp_path)
+    edit(temperature=3, colour="red")(tmp_path / CONFIG)
+    with pytest.warns(UserWarning, match="unknown keys are ignored: colour, temperature"):
+        loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr("pickle.Unpickler", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    model, inputs = trained()
+    model.save_pretrained(tmp_path)
+    loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
