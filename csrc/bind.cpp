@@ -10,38 +10,28 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "cpu/isa.h"
 #include "cpu/prompt_diffusion.h"
 
 namespace fast_prompt {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // ---- Tensors as the kernels see them ----
 
-cpu::Dtype dtype_of(const Tensor& tensor, const char* name) {
+cpu::Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return cpu::Dtype::FLOAT32;
     case ScalarType::BFloat16: return cpu::Dtype::BFLOAT16;
     case ScalarType::Half: return cpu::Dtype::FLOAT16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    default: return cpu::Dtype::FLOAT32;
   }
 }
 
-cpu::Rows rows_of(const Tensor& tensor, const char* name) {
+cpu::Rows rows_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const size_t rank = sizes.size();
-  STD_TORCH_CHECK(rank == 2 || rank == 3, name, ": expected a matrix or a batch of matrices, got rank ", rank);
-  STD_TORCH_CHECK(sizes[rank - 1] == 1 || strides[rank - 1] == 1, name, ": the last stride must be 1");
   char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
-  return {data, dtype_of(tensor, name), sizes[rank - 2], rank == 3 ? strides[0] : 0, strides[rank - 2]};
-}
-
-void check_sizes(const Tensor& tensor, const char* name, std::vector<int64_t> expected) {
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(std::vector<int64_t>(sizes.begin(), sizes.end()) == expected, name, ": wrong size");
+  return {data, dtype_of(tensor), sizes[rank - 2], rank == 3 ? strides[0] : 0, strides[rank - 2]};
 }
 
 Tensor contiguous_like(const Tensor& tensor) {
@@ -75,38 +65,22 @@ cpu::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidde
                                               const Tensor& prompts, const Tensor& keys, const Tensor& log_scale,
                                               const std::optional<Tensor>& seed, const std::string& activation,
                                               const std::string& row_weight, double dropout_p) {
-  STD_TORCH_CHECK(source.sizes().size() == 3 && source.numel() > 0, "source: expected [batch, rows, width], not empty");
-  STD_TORCH_CHECK(prompts.sizes().size() == 2 && prompts.numel() > 0, "prompts: expected [num_prompts, width]");
-  const int64_t width = source.sizes()[2], num_prompts = prompts.sizes()[0];
-  check_sizes(prompts, "prompts", {num_prompts, width});
-  check_sizes(keys, "keys", {num_prompts, width});
-  STD_TORCH_CHECK(keys.scalar_type() == prompts.scalar_type(), "keys: expected the dtype of prompts");
-  STD_TORCH_CHECK(log_scale.is_cpu() && log_scale.scalar_type() == ScalarType::Float && log_scale.numel() == 1,
-                  "log_scale: expected one float32");
-  STD_TORCH_CHECK(activation == "relu" || activation == "softmax", "activation: got ", activation);
-  STD_TORCH_CHECK(row_weight == "max" || row_weight == "none", "row_weight: got ", row_weight);
-  STD_TORCH_CHECK(dropout_p == 0 || (seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long),
-                  "seed: dropout needs an int64 scalar");
-
+  check_prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p);
   cpu::PromptDiffusion problem{};
   problem.rows = source.sizes()[0] * source.sizes()[1];
-  problem.width = width;
-  problem.num_prompts = num_prompts;
-  problem.source = rows_of(source, "source");
-  if (hidden) {
-    check_sizes(*hidden, "hidden", {source.sizes()[0], source.sizes()[1], width});
-    STD_TORCH_CHECK(hidden->scalar_type() == source.scalar_type(), "hidden: expected the dtype of source");
-    problem.hidden = rows_of(*hidden, "hidden");
-  }
-  problem.prompts = rows_of(prompts, "prompts");
-  problem.keys = rows_of(keys, "keys");
+  problem.width = source.sizes()[2];
+  problem.num_prompts = prompts.sizes()[0];
+  problem.source = rows_of(source);
+  if (hidden) problem.hidden = rows_of(*hidden);
+  problem.prompts = rows_of(prompts);
+  problem.keys = rows_of(keys);
   problem.scale = std::exp(*log_scale.const_data_ptr<float>());
   problem.softmax = activation == "softmax";
   problem.max_weight = row_weight == "max";
   if (dropout_p > 0) {
     problem.dropout = true;
-    problem.dropout_threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * 0x1p32), 0xFFFFFFFF));
-    problem.kept_scale = static_cast<float>(1 / (1 - dropout_p));
+    problem.dropout_threshold = dropout_threshold(dropout_p);
+    problem.kept_scale = kept_scale(dropout_p);
     problem.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
   }
   return problem;
@@ -119,7 +93,7 @@ Tensor prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor key
                                                 row_weight, dropout_p);
   Tensor output = contiguous_like(source);
   Workspace workspace;
-  cpu::level().prompt_diffusion.forward(problem, rows_of(output, "output"), runtime(workspace));
+  cpu::level().prompt_diffusion.forward(problem, rows_of(output), runtime(workspace));
   return output;
 }
 
@@ -133,17 +107,16 @@ std::vector<Tensor> prompt_diffusion_backward(Tensor grad, std::optional<Tensor>
   const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
                                                 row_weight, dropout_p);
   STD_TORCH_CHECK(hidden || !needs_log_scale, "hidden: needed for the gradient of log_scale");
-  check_sizes(grad, "grad", {source.sizes()[0], source.sizes()[1], source.sizes()[2]});
-  STD_TORCH_CHECK(grad.scalar_type() == source.scalar_type(), "grad: expected the dtype of source");
+  check_activations(grad, "grad", source);
 
   std::vector<Tensor> results;
   const auto result_like = [&results](const Tensor& tensor, bool needed) {
     if (!needed) return cpu::Rows{};
     results.push_back(contiguous_like(tensor));
-    return rows_of(results.back(), "gradient");
+    return rows_of(results.back());
   };
   cpu::PromptDiffusionGradients gradients{};
-  gradients.grad = rows_of(grad, "grad");
+  gradients.grad = rows_of(grad);
   gradients.hidden = result_like(source, needs_hidden);
   gradients.source = result_like(source, needs_source);
   gradients.prompts = result_like(prompts, needs_prompts);

@@ -357,7 +357,9 @@ struct WeightLayout {
   static constexpr int ROW_WARPS = ROW_WARPS_, COLUMN_WARPS = COLUMN_WARPS_, M = M_;
   static constexpr int N = CHUNK<T> / COLUMN_WARPS / 8, THREADS = 32 * ROW_WARPS * COLUMN_WARPS;
   static constexpr int PROMPTS = ROW_WARPS * M * 16, COEFFICIENT_PITCH = PROMPTS + 8;
-  static constexpr int STAGES = 3, STAGE = SPLIT_STEP * (COEFFICIENT_PITCH + PITCH<T>);
+  static constexpr int STAGE = SPLIT_STEP * (COEFFICIENT_PITCH + PITCH<T>);
+  // Within the 99 KiB that a block may have on the smallest chips (sm_86, sm_89, sm_120).
+  static constexpr int STAGES = 3 * STAGE * sizeof(T) <= 99 << 10 ? 3 : 2;
   static constexpr int64_t shared_bytes() { return int64_t{STAGES} * STAGE * sizeof(T); }
 };
 
