@@ -18,8 +18,8 @@ from fast_prompt.backends import cpu, cuda, reference, triton
 
 logger = logging.getLogger("fast_prompt")
 
-# In order of preference; the first that can take a call runs it. Triton before CUDA C++ on every chip and size: which of
-# the two is faster where is not yet measured on a GPU.
+# In order of preference; the first that can take a call runs it. Triton comes before CUDA C++ on every chip and at
+# every size: which of the two is faster where is not yet measured on a GPU.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 
 

@@ -82,7 +82,8 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
       .def_readwrite("reverse", &simt::Settings::reverse)
       .def_readwrite("late_copies", &simt::Settings::late_copies)
       .def_readwrite("multiprocessors", &simt::Settings::multiprocessors)
-      .def_readwrite("shared_bytes", &simt::Settings::shared_bytes);
+      .def_readwrite("shared_bytes", &simt::Settings::shared_bytes)
+      .def_readwrite("most_shared_bytes", &simt::Settings::most_shared_bytes);
   module.def("settings", &simt::settings, py::return_value_policy::reference);
   module.def("prompt_diffusion", forward);
   module.def("prompt_diffusion_backward", backward);

@@ -1,5 +1,6 @@
 """Builds csrc/cuda with a C++ compiler against the SIMT headers here, and calls it with tensors."""
 
+import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -42,15 +43,17 @@ def compile_modules(elements, sources=SOURCES, build=BUILD):
             f"  defines = -DFAST_PROMPT_ELEMENT={element} -DSIMT_MODULE={name}",
             f"build {name}.so: link {element}.o {element}.bind.o simt.o",
         ]
-    (build / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", build]
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    with (build / "lock").open("w") as lock:  # several test processes may want the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (build / "build.ninja").write_text("\n".join(lines) + "\n")
+        done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
     return {element: import_module(module_name(element, build), build) for element in elements}
 
 
 def compile_planted(element, name, file, right, wrong):
-    """The module of one element type with a bug: in ``file``, ``right``, which must stand there once, made ``wrong``."""
+    """The module of one element type with a bug: in ``file``, ``right``, which stands there once, made ``wrong``."""
     build = BUILD / "planted" / name
     sources = build / "sources"
     sources.mkdir(parents=True, exist_ok=True)

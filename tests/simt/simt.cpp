@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <stdexcept>
@@ -211,6 +212,7 @@ Settings& settings() {
 void run(Dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % WARP != 0 || threads > 1024) throw std::runtime_error("a block is made of 1 to 32 whole warps");
   if (shared_bytes > static_cast<size_t>(settings().shared_bytes)) throw std::runtime_error("too much shared memory");
+  settings().most_shared_bytes = std::max(settings().most_shared_bytes, static_cast<int>(shared_bytes));
   grid_size = grid;
   block.count = threads;
   block.kernel = &kernel;

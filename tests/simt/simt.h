@@ -21,6 +21,7 @@ struct Settings {
   bool late_copies = true;   // cp.async moves data when it is waited for; else at once. A real one: any time between.
   int multiprocessors = 2;
   int shared_bytes = 227 << 10;
+  int most_shared_bytes = 0;  // that a launch has asked for; counted up by launches
 };
 Settings& settings();
 
