@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,25 +119,27 @@ def instructions(objects):
     if program is None:
         pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
     found = {chip: {} for chip in CHIPS}
-    for path in objects:
-        code = subprocess.run([program, "-sass", str(path)], text=True, capture_output=True, check=True).stdout
+    with ThreadPoolExecutor(2) as pool:
+        listings = pool.map(lambda path: subprocess.check_output([program, "-sass", str(path)], text=True), objects)
+    for code in listings:
         chip = counts = None
-        for line in code.splitlines():
-            if match := re.match(r"\s*(?:arch = |code for )(sm_\d+)", line):
-                chip = match[1]
-            elif match := re.match(r"\s*Function : (\w+)", line):
-                counts = found[chip][short_name(match[1])] = dict.fromkeys(WATCHED, 0)
-            elif counts is not None:
+        for new_chip, function, instruction in MARKS.findall(code):
+            if new_chip:
+                chip = new_chip
+            elif function:
+                counts = found[chip][short_name(function)] = dict.fromkeys(WATCHED, 0)
+            else:
                 for kind, pattern in WATCHED.items():
-                    counts[kind] += bool(pattern.search(line))
+                    counts[kind] += bool(pattern.match(instruction))
     return found
 
 
+MARKS = re.compile(r"code for (sm_\d+)|Function : (\w+)|\b((?:HMMA|LDGSTS|LDSM|LDL|STL)\b[.\w]*)")
 WATCHED = {
-    "tensor cores": re.compile(r"\bHMMA\.(16816|1688)\.F32"),
-    "16-byte async copies": re.compile(r"\bLDGSTS\.E\.BYPASS\.128|\bLDGSTS\.E\.(\w+\.)*128"),
-    "matrix loads": re.compile(r"\bLDSM\."),
-    "local memory": re.compile(r"\b(LDL|STL)\b"),
+    "tensor cores": re.compile(r"HMMA\.(16816|1688)\.F32"),
+    "16-byte async copies": re.compile(r"LDGSTS\.[.\w]*\b128"),
+    "matrix loads": re.compile(r"LDSM\."),
+    "local memory": re.compile(r"LDL|STL"),
 }
 HELPERS = ("reduce_kernel", "round_weights_kernel")
 

@@ -155,9 +155,11 @@ const Choice<Launch>* choose(const Choice<Launch> (&choices)[COUNT], int64_t row
 
 constexpr char TOO_LITTLE_SHARED_MEMORY[] = "prompt_diffusion: this GPU has too little shared memory for so many prompts";
 
+// No more blocks than run at a time, and as many tiles for each, so that none is left over for a thin last round.
 template <class L>
 unsigned row_blocks(int64_t rows, const Device& device) {
-  return static_cast<unsigned>(std::min(ceil_div(rows, L::ROWS), int64_t{L::BLOCKS} * device.multiprocessors));
+  const int64_t tiles = ceil_div(rows, L::ROWS), rounds = ceil_div(tiles, int64_t{L::BLOCKS} * device.multiprocessors);
+  return static_cast<unsigned>(ceil_div(tiles, rounds));
 }
 
 // ---- Forward ----

@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
       for (int block = 0; block < blocks; ++block) {
         rows = tiles.next();
         multiply_by_columns(sums, coefficients + place.first_row * pitch + block * L::COLUMNS, pitch,
-                            rows + L::ROWS * PITCH<T> + warp_column, PITCH<T>, L::COLUMNS, place.lane);
+                            rows + L::ROWS * PITCH<T> + warp_column, PITCH<T>,
+                            depth_of<L>(block, problem.num_prompts), place.lane);
       }
       for_each_pair(sums, place.pair, [&](float& first, float& second, int, int) {
         first *= derivative.key_unit;

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) forward_kernel(const __
       for (int block = 0; block < blocks; ++block) {
         rows = tiles.next();
         multiply_by_columns(sums, warp_coefficients + block * L::COLUMNS, pitch,
-                            rows + L::ROWS * PITCH<T> + warp_column, PITCH<T>, L::COLUMNS, place.lane);
+                            rows + L::ROWS * PITCH<T> + warp_column, PITCH<T>,
+                            depth_of<L>(block, problem.num_prompts), place.lane);
       }
       // Y takes the place of H in the tile, and leaves in whole pieces.
       T* const result = rows + place.first_row * PITCH<T> + warp_column;

@@ -133,6 +133,13 @@ struct RowState {
   }
 };
 
+// How deep the product of a block's coefficients with its weights is: the prompts there are, rounded up to whole steps.
+template <class L>
+__device__ inline int depth_of(int block, int num_prompts) {
+  const int left = (num_prompts - block * L::COLUMNS + 15) / 16 * 16;
+  return left < L::COLUMNS ? left : L::COLUMNS;
+}
+
 template <class L, class T>
 __device__ inline void hide_absent_prompts(const Problem<T>& problem, Sums<L::M, L::N>& scores, int first_prompt,
                                            const Place<L>& place) {

@@ -266,11 +266,15 @@ __device__ inline void multiply(Sums<M, N>& sums, const Left<T> (&left)[M], Load
   }
 }
 
+// Few products a step do not hide how long their operands take from shared memory: then several steps at once.
+template <int PRODUCTS>
+constexpr int UNROLLED_STEPS = PRODUCTS <= 8 ? 4 : 1;
+
 // sums += A B^T, A a tile [m][k], B a tile [n][k]; depth is a multiple of 16.
 template <class T, int M, int N>
 __device__ inline void multiply_by_rows(Sums<M, N>& sums, const T* a, int a_pitch, const T* b, int b_pitch, int depth,
                                         int lane) {
-#pragma unroll 1
+#pragma unroll UNROLLED_STEPS<M * N>
   for (int k = 0; k < depth; k += 16) {
     Left<T> left[M];
 #pragma unroll
@@ -283,7 +287,7 @@ __device__ inline void multiply_by_rows(Sums<M, N>& sums, const T* a, int a_pitc
 template <class T, int M, int N>
 __device__ inline void multiply_by_columns(Sums<M, N>& sums, const T* a, int a_pitch, const T* b, int b_pitch,
                                            int depth, int lane) {
-#pragma unroll 1
+#pragma unroll UNROLLED_STEPS<M * N>
   for (int k = 0; k < depth; k += 16) {
     Left<T> left[M];
 #pragma unroll

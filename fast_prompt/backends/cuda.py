@@ -12,8 +12,8 @@ name = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # Ampere: cp.async, bf16 and TF32 products
 _MOST_PROMPTS = 1024  # a row's activations stay on chip
-_MOST_PROMPTS_FLOAT32_SMALL = 768  # in float32, where a block has less shared memory than this
-_SMALL_SHARED_MEMORY = 120 << 10  # sm_86, sm_89 and sm_120 have 99 KiB, the large chips 163 and more
+_MOST_PROMPTS_FLOAT32_SMALL = 768  # in float32 on a chip with 99 KiB of shared memory a block; others have 163 and more
+_SMALL_CHIPS = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
 class _Call(Protocol):
@@ -50,10 +50,10 @@ def refuses(op: str, call: _Call) -> str | None:
         return f"has float32, bfloat16 and float16, not {call.dtype}"
     if call.weight_dtype not in (call.dtype, torch.float32):
         return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
-    chip = torch.cuda.get_device_properties(call.device)
-    if (chip.major, chip.minor) < _LEAST_CAPABILITY:
-        return f"needs compute capability 8.0, not {chip.major}.{chip.minor}"
-    small = call.dtype == torch.float32 and chip.shared_memory_per_block_optin < _SMALL_SHARED_MEMORY
+    capability = torch.cuda.get_device_capability(call.device)
+    if capability < _LEAST_CAPABILITY:
+        return f"needs compute capability 8.0, not {capability[0]}.{capability[1]}"
+    small = call.dtype == torch.float32 and capability in _SMALL_CHIPS
     most = _MOST_PROMPTS_FLOAT32_SMALL if small else _MOST_PROMPTS
     return f"takes up to {most} prompts, not {call.num_prompts}" if call.num_prompts > most else None
 
