@@ -1,6 +1,7 @@
 """The demo in miniature: what it writes, that it repeats itself, and that no image is both trained on and tested."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ MINIATURE = Settings(
     timing_rounds=2,
 )
 FORMS = ["Linear probe", "Deep prompt tuning", "LoRA", "LoRA (merged)", "APT", "APT (folded)"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more, and on a busy machine threads that wait for each other lose a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
