@@ -226,3 +226,19 @@ def test_folding_again_takes_the_new_weights(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path).fold()
     assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@torch.no_grad()
+def test_decoding_with_a_cache_is_decoding_at_once(folded):
+    """The step by step keys and values come from the same wide product, the cross-attention's from the cache."""
+    model, inputs = adapted("bert_decoder")
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    expected = run(model, inputs)
+    model = model.fold() if folded else model
+    first = {**inputs, "input_ids": inputs["input_ids"][:, :6], "attention_mask": inputs["attention_mask"][:, :6]}
+    output = model(**first, use_cache=True)
+    assert error(output[0], expected[:, :6]) < TOLERANCES[torch.float32]
+    last = {**inputs, "input_ids": inputs["input_ids"][:, 6:]}
+    output = model(**last, past_key_values=output.past_key_values, use_cache=True)
+    assert error(output[0], expected[:, 6:]) < TOLERANCES[torch.float32]

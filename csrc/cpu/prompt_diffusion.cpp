@@ -273,14 +273,19 @@ void forward_tile(const PromptDiffusion& problem, const float* keys, const float
 constexpr int64_t FEW = 8;
 constexpr int FEW_BLOCK = LANES == 16 ? 4 : 2;  // rows, and keys, whose products are summed at the same time
 
+// Scores of R rows; meanwhile asks for the same columns of the rows in `soon`, `later`: those to be read next.
 template <class Storage, int R>
-void few_scores(const char* const* source, const float* keys, int64_t stride, int64_t count, int64_t width,
-                float* scores) {
+void few_scores(const char* const* source, const char* const* soon, const char* const* later, const float* keys,
+                int64_t stride, int64_t count, int64_t width, float* scores) {
   for (int64_t first = 0; first < count; first += FEW_BLOCK, keys += FEW_BLOCK * stride) {
     Floats sum[R][FEW_BLOCK] = {};
     for_each_vector<Storage>(width, [&](int64_t c, auto load_row, auto) __attribute__((always_inline)) {
       Floats x[R];
-      for (int i = 0; i < R; ++i) x[i] = load_row(source[i]);
+      for (int i = 0; i < R; ++i) {
+        x[i] = load_row(source[i]);
+        __builtin_prefetch(soon[i] + c * sizeof(typename Storage::Element));
+        __builtin_prefetch(later[i] + c * sizeof(typename Storage::Element));
+      }
       for (int j = 0; j < FEW_BLOCK; ++j) {
         const Floats key = load(keys + j * stride + c);
         for (int i = 0; i < R; ++i) sum[i][j] += x[i] * key;
@@ -308,15 +313,16 @@ void few_outputs(const float* scores, const float* prompts, int64_t stride, int6
 template <class Storage, int R>
 void few_rows(const PromptDiffusion& problem, const float* keys, const float* prompts, int64_t stride,
               const Rows& output, int64_t first, float* kept) {
-  const char *source[R], *hidden[R];
+  const char *source[R], *hidden[R], *next[R];
   char* target[R];
   for (int i = 0; i < R; ++i) {
+    next[i] = at(problem.source, smaller(first + R + i, problem.rows - 1));
     source[i] = at(problem.source, first + i);
     hidden[i] = at(problem.hidden, first + i);
     target[i] = at(output, first + i);
   }
   float scores[R * 2 * FEW];
-  few_scores<Storage, R>(source, keys, stride, problem.num_prompts, problem.width, scores);
+  few_scores<Storage, R>(source, hidden, next, keys, stride, problem.num_prompts, problem.width, scores);
   for (int i = 0; i < R; ++i) {
     draw_dropout(problem, first + i, kept);
     weigh_scores(problem, 1.0f, scores + i * 2 * FEW, kept);

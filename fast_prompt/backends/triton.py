@@ -18,6 +18,7 @@ name = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PROMPTS = 1024  # a row's scores stay on chip
 _MOST_PROMPTS_AMD_FLOAT32 = 512  # a step through 1024 keys in float32 is all of the chip's 64 KiB of shared memory
+_MOST_ROWS = 64  # of a tile
 _LEAST_CAPABILITY = (8, 0)  # Ampere
 
 
@@ -69,8 +70,8 @@ def _refuses_sizes(call: _Call) -> str | None:
     most = _MOST_PROMPTS_AMD_FLOAT32 if amd_float32 else _MOST_PROMPTS
     if call.num_prompts > most:
         return f"takes up to {most} prompts, not {call.num_prompts}"
-    if call.num_prompts * call.width >= 2**31:
-        return f"takes weights of fewer than 2**31 elements, not {call.num_prompts} x {call.width}"
+    if max(call.num_prompts, _MOST_ROWS) * call.width >= 2**31:
+        return f"takes weights and row tiles of fewer than 2**31 elements, not width {call.width}"
     return None
 
 

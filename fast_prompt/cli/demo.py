@@ -6,13 +6,13 @@ from typing import Any
 
 from fast_prompt import demo
 from fast_prompt.cli.output import emit_json, emit_table, note
-from fast_prompt.demo.report import HEADERS, Results, table
+from fast_prompt.demo.report import HEADERS, Results, standard_error, table
 
 INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
 
 EXAMPLES = """\
 examples:
-  fast-prompt demo                      everything, in about two minutes on two cores
+  fast-prompt demo                      everything, in one to two minutes on two free cores
   fast-prompt demo --seed 1             other splits and weights
   fast-prompt demo --json > demo.json   the results for a program
 
@@ -66,8 +66,10 @@ def _seed(text: str) -> int:
 def _print(results: Results, directory: Path) -> None:
     reload = results.reload
     emit_table(HEADERS, table(results.rows))
+    error = max(standard_error(row.accuracy, reload.images) for row in results.rows)
+    print(f"\nOne standard error of an accuracy on {reload.images} images: up to {error:.1%}")
     print(
-        f"\nAPT's adapter, saved and loaded into a fresh base: {reload.equal_predictions} of {reload.images} "
+        f"APT's adapter, saved and loaded into a fresh base: {reload.equal_predictions} of {reload.images} "
         f"predictions equal, largest difference of a logit {reload.max_logit_difference:g}"
     )
     print(f"wrote {directory / 'results.json'} and {directory / 'chart.png'}")

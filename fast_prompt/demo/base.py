@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -36,10 +37,10 @@ class Base:
 
 
 def pretrained(directory: Path, settings: Settings, seed: int, on_step: Callable[[], object]) -> Base:
-    """Pretrains the base into `directory`, or takes the one there that the same settings and seed made."""
+    """Pretrains the base into `directory`, which exists, or takes the one there of the same settings and seed."""
     path = directory / f"base-{_fingerprint(settings, seed)}.safetensors"
     old = load_splits(OLD_DIGITS, TRAIN_PER_CLASS, 0, seed)
-    was_cached = path.exists()
+    was_cached = _is_whole(path)
     if not was_cached:
         torch.manual_seed(seed)
         model = new_vit(settings, len(OLD_DIGITS) * SYMMETRIES)
@@ -97,10 +98,16 @@ def frozen_base(path: Path, settings: Settings, num_labels: int, seed: int) -> A
 
 def _save(model: nn.Module, path: Path) -> None:
     """Written beside its place and then moved there, so that a run cut short leaves no broken file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     save_file(model.state_dict(), unfinished)
     unfinished.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(load_file(path))
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 def _fingerprint(settings: Settings, seed: int) -> str:

@@ -1,6 +1,5 @@
 """The picture of a run: accuracy against trained parameters, milliseconds, and the digits that methods disagree on."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fast_prompt.demo.digits import Images
-from fast_prompt.demo.report import Results, Row
+from fast_prompt.demo.digits import Images, Splits
+from fast_prompt.demo.report import Results, Row, standard_error
+from fast_prompt.demo.settings import Settings
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Rows not named here are forms of those that are.
 COLORS = {"Linear probe": "#666666", "Deep prompt tuning": "#009E73", "LoRA": "#0072B2", "APT": "#D55E00"}
@@ -37,34 +37,39 @@ LABEL_GAP = 0.13  # least distance of two labels, share of the axes' height
 
 def draw(
     results: Results,
-    test: Images,
+    splits: Splits,
     predictions: Mapping[str, Tensor],
     classes: Sequence[int],
-    train_images: int,
+    settings: Settings,
     path: Path,
 ) -> None:
     """Draws the chart.
 
     Args:
         results: the rows to draw.
-        test: the test images.
-        predictions: labels [len(test)] by row name.
+        splits: the images trained on and tested.
+        predictions: labels [len(splits.test)] by row name.
         classes: the digit that each label stands for.
-        train_images: how many every method trained on.
+        settings: of the run, for the sizes of the batches.
         path: of the PNG.
     """
+    test = splits.test
     trained = [row for row in results.rows if row.method in COLORS]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 8.4), dpi=150, facecolor="white")
         figure.text(LEFT, 0.945, "A frozen vision transformer that knows 0 to 4 learns 5 to 9", size=18, weight="bold")
-        images = f"Real handwritten digits of 8 × 8 pixels; {train_images} to train on, {len(test)} to test once"
+        images = f"Real handwritten digits of 8 × 8 pixels; {len(splits.train)} to train on, {len(test)} to test"
         figure.text(LEFT, 0.908, images, size=11.5, color=SOFT)
         panels = figure.add_gridspec(
-            2, 2, left=LEFT, right=RIGHT, top=0.83, bottom=0.43, width_ratios=(1, 1.12), wspace=0.85, hspace=0.5
+            2, 2, left=LEFT, right=RIGHT, top=0.83, bottom=0.43, width_ratios=(0.92, 1.12), wspace=0.9, hspace=0.5
         )
         _draw_accuracy(figure.add_subplot(panels[:, 0]), trained, len(test))
-        _draw_bars(figure.add_subplot(panels[0, 1]), trained, "step_ms", "Training step, ms")
-        _draw_bars(figure.add_subplot(panels[1, 1]), results.rows, "infer_ms", "Inference batch, ms")
+        step, inference = (
+            f"Training step of {settings.batch_size} images",
+            f"Inference on {settings.inference_batch} images",
+        )
+        _draw_bars(figure.add_subplot(panels[0, 1]), trained, "step_ms", f"{step}, ms")
+        _draw_bars(figure.add_subplot(panels[1, 1]), results.rows, "infer_ms", f"{inference}, ms")
         _draw_samples(figure.add_axes((LEFT, 0.035, RIGHT - LEFT, 0.27)), test, predictions, classes)
         figure.savefig(path)
 
@@ -72,7 +77,7 @@ def draw(
 def _draw_accuracy(axes: Any, rows: Sequence[Row], images: int) -> None:
     """One dot a method, labelled at the right; the labels are moved apart where they would touch."""
     percents = [100 * row.accuracy for row in rows]
-    errors = [math.sqrt(percent * (100 - percent) / images) for percent in percents]
+    errors = [100 * standard_error(row.accuracy, images) for row in rows]
     for row, percent, error in zip(rows, percents, errors, strict=True):
         axes.errorbar(row.trainable_params, percent, error, color=COLORS[row.method], marker="o", markersize=11)
     low = min(percent - error for percent, error in zip(percents, errors, strict=True))
@@ -145,7 +150,7 @@ def _draw_samples(axes: Any, test: Images, predictions: Mapping[str, Tensor], cl
     axes.set_xlim(-3.15, SAMPLES - 0.55)
     axes.set_ylim(-0.42 * len(methods) - 0.15, 1.0)
     for column, index in enumerate(chosen):
-        axes.imshow(test.pixels[index, 0], cmap="gray_r", extent=(column - 0.42, column + 0.42, 0.1, 0.94))
+        axes.imshow(test.pixels[index, 0].numpy(), cmap="gray_r", extent=(column - 0.42, column + 0.42, 0.1, 0.94))
         for line, (name, mistakes) in enumerate(zip(methods, mistaken, strict=True)):
             style = {"weight": "bold", "color": INK} if mistakes[index] else {"color": FAINT}
             digit = str(classes[int(predictions[name][index])])

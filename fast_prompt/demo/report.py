@@ -1,6 +1,7 @@
 """What a demo found: rows of figures, as JSON for programs and as lines for people."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +71,11 @@ class Results:
     def write(self, path: Path) -> None:
         """Writes `results.json`."""
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """How far chance alone moves an accuracy measured on so many images (one standard deviation, as a share)."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

@@ -57,6 +57,7 @@ def run(output: Path, seed: int = 0, settings: Settings | None = None) -> Result
         what `results.json` holds.
     """
     settings = settings or Settings()
+    output.mkdir(parents=True, exist_ok=True)
     with _bar("pretraining on 0-4", settings.pretraining_steps) as bar:
         pretrained = base.pretrained(output, settings, seed, bar.update)
     splits = load_splits(NEW_DIGITS, settings.train_per_class, settings.validation_per_class, seed)
@@ -75,7 +76,7 @@ def run(output: Path, seed: int = 0, settings: Settings | None = None) -> Result
     results = Results(NAME, rows, reload, _facts(trained, pretrained, splits, settings, seed))
     results.write(output / "results.json")
     predictions = {form: score.argmax(-1) for form, score in scores.items()}
-    chart.draw(results, test, predictions, NEW_DIGITS, len(splits.train), output / "chart.png")
+    chart.draw(results, splits, predictions, NEW_DIGITS, settings, output / "chart.png")
     return results
 
 

@@ -44,6 +44,7 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _TINY = tl.constexpr(1e-30)  # its reciprocal is finite
+_LENGTHS = ("rows", "rows_per_batch", "rows_per_split")  # no new kernel for a new batch or sequence length
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tile operations
@@ -62,7 +63,7 @@ def _round(tile, dtype: tl.constexpr):
     """``tile`` in ``dtype``, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the low bits off
         bits = tile.to(tl.uint32, bitcast=True)
-        tile = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        tile = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tile.to(dtype)
 
 
@@ -153,7 +154,7 @@ def _signed_activation(
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def forward_kernel(
     output, hidden, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
     rows, rows_per_batch, d, p,
@@ -163,7 +164,9 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Y for BLOCK_M rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    local_row = tl.arange(0, BLOCK_M)  # offsets within a tile of a contiguous tensor fit 32 bits
+    row = first_row + local_row
     valid = row < rows
     source_offsets = _row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
     hidden_offsets = _row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
@@ -185,10 +188,10 @@ def forward_kernel(
         prompt = _load(prompts, column * d, lane, column < p, lane < d)
         mixed = _dot(coefficients, prompt, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
         h = _load(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
-        _store(output, row * d, lane, valid, lane < d, scale * (h + weight[:, None] * mixed))
+        _store(output + first_row * d, local_row * d, lane, valid, lane < d, scale * (h + weight[:, None] * mixed))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def coefficients_kernel(
     prompt_coefficients, key_coefficients, grad_hidden, scale_partials,
     grad, hidden, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
@@ -200,7 +203,9 @@ def coefficients_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """For BLOCK_M rows: ``e^s w R``, dS, dH, and their share of ds; each only when it is needed."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    local_row = tl.arange(0, BLOCK_M)  # offsets within a tile of a contiguous tensor fit 32 bits
+    row = first_row + local_row
     valid = row < rows
     column = tl.arange(0, BLOCK_P)
     scale = tl.exp(tl.load(log_scale))
@@ -214,8 +219,10 @@ def coefficients_kernel(
         if MAX_WEIGHT:
             weight *= tl.maximum(tl.max(signed, axis=1), 0.0) * keep_scale
         if NEED_PROMPTS:
-            kept = tl.where(signed <= 0, 0.0, signed)
-            _store(prompt_coefficients, row * pitch, column, valid, column < pitch, weight[:, None] * kept)
+            scaled = weight[:, None] * tl.where(signed <= 0, 0.0, signed)
+            _store(
+                prompt_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, scaled
+            )  # fmt: skip
 
     product = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)  # T = G P^T
     overlap = tl.zeros([BLOCK_M], tl.float32)  # rows' sums of G H
@@ -229,7 +236,7 @@ def coefficients_kernel(
                 product = _dot(g, _load(prompts, lane, column * d, lane < d, column < p), product)
             g = g.to(tl.float32)
             if NEED_HIDDEN:
-                _store(grad_hidden, row * d, lane, valid, lane < d, scale * g)
+                _store(grad_hidden + first_row * d, local_row * d, lane, valid, lane < d, scale * g)
             if NEED_SCALE:
                 h = _load(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
                 overlap += tl.sum(g * h, axis=1)
@@ -242,10 +249,10 @@ def coefficients_kernel(
             tl.store(scale_partials + tl.program_id(0), tl.sum(scale * overlap + moment))
         if NEED_SCORES:
             grad_scores = pull - tl.abs(signed) * moment[:, None] if SOFTMAX else tl.where(signed > 0, product, 0.0)
-            _store(key_coefficients, row * pitch, column, valid, column < pitch, grad_scores)
+            _store(key_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, grad_scores)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def source_gradient_kernel(
     grad_source, key_coefficients, keys, rows, d, p, pitch,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -261,7 +268,7 @@ def source_gradient_kernel(
     _store(grad_source, row * d, lane, row < rows, lane < d, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def weight_gradient_kernel(
     splits, coefficients, tensor, rows, rows_per_split, rows_per_batch, d, p, pitch, stride_batch, stride_row,
     FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -326,7 +333,7 @@ _HALF_TILES = {
     64: Tile(64, 64, 4, 3),
     128: Tile(64, 64, 8, 2),
     256: Tile(64, 32, 8, 3),
-    512: Tile(32, 16, 8, 2),
+    512: Tile(32, 16, 8, 3),
     1024: Tile(16, 16, 8, 2),
 }
 _FLOAT32_TILES = {
@@ -334,9 +341,9 @@ _FLOAT32_TILES = {
     32: Tile(32, 32, 4, 2),
     64: Tile(32, 32, 4, 2),
     128: Tile(32, 16, 8, 2),
-    256: Tile(32, 16, 8, 2),
+    256: Tile(32, 16, 8, 3),
     512: Tile(16, 16, 8, 2),
-    1024: Tile(8, 16, 8, 2),
+    1024: Tile(4, 16, 8, 2),
 }
 _FEWEST_ROWS = 16  # that the tensor cores multiply
 _PRODUCT_TILES = {True: Tile(64, 64, 4, 3), False: Tile(32, 64, 4, 2)}  # by whether activations are half
@@ -436,11 +443,13 @@ class _Weights(NamedTuple):
 class _Plan(NamedTuple):
     """What the forward and the backward of one call share."""
 
+    source: _Rows
+    weights: _Weights
     rows: int
     rows_per_batch: int
     width: int
     num_prompts: int
-    tile: Tile
+    grid: tuple[int]
     arguments: dict[str, object]  # of the kernels that hold a row's scores
 
     @classmethod
@@ -457,6 +466,7 @@ class _Plan(NamedTuple):
         rows_of_source = _Rows.of(source)
         arguments = {
             "source": rows_of_source.tensor,
+            **rows_of_source.strides("source"),
             "prompts": weights.prompts,
             "keys": weights.keys,
             "keys_low": weights.keys_low,
@@ -468,7 +478,6 @@ class _Plan(NamedTuple):
             "rows_per_batch": rows_per_batch,
             "d": width,
             "p": num_prompts,
-            **rows_of_source.strides("source"),
             "SOFTMAX": activation == "softmax",
             "MAX_WEIGHT": row_weight == "max",
             "DROPOUT": dropout_p > 0,
@@ -478,28 +487,18 @@ class _Plan(NamedTuple):
             "BLOCK_P": padded_prompts(num_prompts),
             **launch_options(tile),
         }
-        return cls(rows, rows_per_batch, width, num_prompts, tile, arguments)
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.rows, self.tile.rows),)
+        grid = (triton.cdiv(rows, tile.rows),)
+        return cls(rows_of_source, weights, rows, rows_per_batch, width, num_prompts, grid, arguments)
 
 
 def prompt_diffusion(
     hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, seed: Tensor | None,
     activation: str, row_weight: str, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    """``fast_prompt.reference.prompt_diffusion``.
+    """``fast_prompt.reference.prompt_diffusion`` on tensors that ``fast_prompt.backends.triton`` takes.
 
-    Args:
-        hidden, source: [B, n, d] float32, bfloat16 or float16, not empty, any strides.
-        prompts, keys: [p, d] of that dtype or float32, p up to 1024.
-        log_scale: float32 scalar on the same device; it is not read on the host.
-        seed: int64 scalar on the same device, or None where ``dropout_p`` is 0.
-        activation, row_weight, dropout_p: as in the reference.
-
-    Returns:
-        [B, n, d], contiguous, dtype of ``hidden``.
+    hidden and source are [B, n, d] of any strides, not empty; log_scale (float32) and seed (int64) are scalars on
+    their device. Returns [B, n, d], contiguous, dtype of ``hidden``.
     """
     with _device_guard(source.device):
         plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
@@ -515,16 +514,9 @@ def prompt_diffusion_backward(
     grad: Tensor, hidden: Tensor | None, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor,
     seed: Tensor | None, activation: str, row_weight: str, dropout_p: float, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of ``prompt_diffusion``.
+    """Five gradients, contiguous, in their inputs' dtypes, None where ``needs`` has False; the same bits every time.
 
-    Args:
-        grad: [B, n, d], the output's gradient, any strides; it is not written to.
-        hidden: may be None where the gradient of ``log_scale`` is not needed.
-        source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p: as in the forward.
-        needs: for hidden, source, prompts, keys and log_scale, whether its gradient is wanted.
-
-    Returns:
-        Five gradients, contiguous, in their inputs' dtypes; None where not wanted. Equal calls give equal bits.
+    grad is [B, n, d] of any strides; hidden may be None where log_scale's gradient is not needed.
     """
     need_hidden, need_source, need_prompts, need_keys, need_scale = needs
     with _device_guard(source.device):
@@ -553,18 +545,18 @@ def prompt_diffusion_backward(
             grad_hidden,
             _source_gradient(key_coefficients, plan) if need_source else None,
             _weight_gradient(prompt_coefficients, rows_of_grad, plan, weight_dtype) if need_prompts else None,
-            _weight_gradient(key_coefficients, _Rows.of(source), plan, weight_dtype) if need_keys else None,
+            _weight_gradient(key_coefficients, plan.source, plan, weight_dtype) if need_keys else None,
             scale_partials.sum() if need_scale else None,
         )
 
 
 def _source_gradient(key_coefficients: Tensor, plan: _Plan) -> Tensor:
     """dX = dS K, [B, n, d]."""
-    source, keys = plan.arguments["source"], plan.arguments["keys"]
+    source = plan.source.tensor
     output = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     tile = product_tile(source.dtype)
     source_gradient_kernel[triton.cdiv(plan.rows, tile.rows), triton.cdiv(plan.width, tile.width)](
-        output, key_coefficients, keys, plan.rows, plan.width, plan.num_prompts, key_coefficients.shape[1],
+        output, key_coefficients, plan.weights.keys, plan.rows, plan.width, plan.num_prompts, key_coefficients.shape[1],
         BLOCK_M=tile.rows, BLOCK_D=tile.width, BLOCK_P=product_prompts(plan.num_prompts, source.dtype),
         **launch_options(tile),
     )  # fmt: skip
