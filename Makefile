@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES)
 demo: setup
 	$(BIN)/fast-prompt demo
 
+# One thread a worker: torch's own threads would only fight over the cores. Tests of threading ask for theirs.
 test: check
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

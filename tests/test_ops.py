@@ -278,7 +278,8 @@ def test_unknown_backend_and_op_are_named():
 
 
 def test_fallback_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(backends.BACKENDS["cpu"], "unavailable", lambda: "taken away by a test")
+    for name in ("cpu", "triton"):
+        monkeypatch.setattr(backends.BACKENDS[name], "unavailable", lambda: "taken away by a test")
     monkeypatch.setattr(backends, "_reported", set())
     with caplog.at_level(logging.WARNING, logger="fast_prompt"):
         for _ in range(2):

@@ -125,7 +125,7 @@ def test_loading_over_an_adapter_keeps_its_parameters(tmp_path):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
-    model.load_adapter(tmp_path, "default", is_trainable=True)
+    model.load_adapter(tmp_path, "default")
     assert torch.equal(run(model, inputs), output)
     assert list(map(id, model.parameters())) == parameters
     assert model.classifier.weight.requires_grad

@@ -166,16 +166,29 @@ def test_nan_spoils_its_own_row_alone(activation):
     assert spoilt.tolist() == [row == 2 for row in range(6)] and output[0, 2].isnan().all()
 
 
-SCALES = {"softmax": (1e-2, 1.0, 64.0), "relu": (400.0, 1e-3, 2**-8)}  # of keys, prompts and grad
-
-
-@pytest.mark.parametrize("activation", SCALES)
-def test_float16_keeps_its_range(activation):
-    """A near-uniform softmax over 1000 prompts has a squared weight of 1e-6, scores of 1000 have one of 1e6."""
+@pytest.mark.parametrize(
+    ("activation", "row_weight", "key_scale", "prompt_scale", "grad_scale"),
+    [("softmax", "max", 1e-2, 1.0, 64.0), ("relu", "max", 400.0, 1e-3, 2**-8), ("relu", "none", 5e4, 1e-3, 2**-6)],
+)
+def test_float16_keeps_its_range(activation, row_weight, key_scale, prompt_scale, grad_scale):
+    """A flat softmax over 1000 prompts has squared weights of 1e-6, scores of 1000 have 1e6; others exceed 65504."""
     inputs, grad = make_inputs(1, 33, 32, 1000, F16)
-    for tensor, scale in zip((inputs[3], inputs[2], grad), SCALES[activation], strict=True):
-        tensor.mul_(scale)
-    assert_matches(inputs, grad, *settings(activation, "max"))
+    inputs[3] *= key_scale
+    inputs[2] *= prompt_scale
+    grad *= grad_scale
+    assert_matches(inputs, grad, *settings(activation, row_weight))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_float32_keys_decide_relu_exactly(dtype):
+    """A score that is positive only by what rounding the key to half would take from it."""
+    inputs, grad = make_inputs(1, 3, 16, 8, dtype, F32)
+    source, keys = inputs[1], inputs[3]
+    source[0, 0], keys[0] = 0, 0
+    source[0, 0, :2] = torch.tensor([1.0, -1.0])
+    keys[0, :2] = torch.tensor([1 + 2**-13, 1.0])
+    assert source[0, 0].float() @ keys[0] > 0 and source[0, 0] @ keys[0].to(dtype) == 0
+    assert_matches(inputs, grad, *settings(row_weight="none"))
 
 
 def test_log_scale_far_from_zero():

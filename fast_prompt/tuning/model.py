@@ -212,9 +212,9 @@ class FastPromptModel(nn.Module):
             delattr(self, attribute)
         self.__class__ = base_class(self)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(state.requires_grad[name])
+            parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
         for name, module in self.named_modules():
-            module.training = state.training[name]
+            module.training = state.training.get(name, module.training)
         return self
 
     # Counting
@@ -301,15 +301,13 @@ class FastPromptModel(nn.Module):
             adapted.requires_grad_(False)
         return adapted
 
-    def load_adapter(
-        self, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> None:
+    def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str, **kwargs: Any) -> None:
         """Load a saved adapter as ``adapter_name``: a new one, or new values for one that has the same settings.
 
         Args:
             directory: what was given to ``save_pretrained``.
-            adapter_name: ``set_adapter`` of this name puts a new one to use.
-            is_trainable: whether it shall train if it is the one in use.
+            adapter_name: a new one rests, frozen, until ``set_adapter``; the values of one that is there are replaced
+                in place, so that an optimizer goes on with them.
             kwargs: accepted for PEFT's sake and ignored.
 
         Raises:
@@ -326,8 +324,6 @@ class FastPromptModel(nn.Module):
             draft = self._new_draft(adapter_name, config)
             _load_into(draft.parts(), Path(directory), made_for)
             self._attach(adapter_name, draft)
-        for module in self._parts(adapter_name).values():
-            module.requires_grad_(is_trainable and adapter_name == self.active_adapter)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``; the contents of an adapter's file go to the adapter in use.
@@ -346,7 +342,7 @@ class FastPromptModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; RuntimeError when the model is folded and ``mode`` is True."""
-        if mode and hasattr(self, "_fast_prompt"):
+        if mode:
             self._refuse_while_folded("train")
         return super().train(mode)
 
