@@ -270,7 +270,7 @@ def test_forced_backend_that_cannot_take_the_call_gives_every_reason():
 
 
 def test_unknown_backend_and_op_are_named():
-    with pytest.raises(ValueError, match="backend: expected one of cpu, triton, reference, got 'cuda13'"):  # noqa: SIM117
+    with pytest.raises(ValueError, match="backend: expected one of cpu, triton, cuda, reference, got 'cuda13'"):  # noqa: SIM117
         with fast_prompt.use_backend("cuda13"):
             pass
     with pytest.raises(ValueError, match="op: expected one of prompt_diffusion"):

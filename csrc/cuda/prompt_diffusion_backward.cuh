@@ -33,9 +33,10 @@ __device__ inline float unit_of(float bound) {
 
 template <class T, class L>
 class BackwardTiles {
-  // The order in which a block needs tiles: for each of its row tiles, for each block of prompts, the chunks of X and K,
-  // then those of G and P (each chunk twice where rounding left a rest of the weights); all of it twice where there are
-  // several blocks, since only then their common maximum and sum are known; and last, chunk by chunk, the blocks of K.
+  // The order in which a block needs tiles: for each of its row tiles, for each block of prompts, the chunks of X and
+  // K, then those of G and P (each chunk twice where rounding left a rest of the weights); all of it twice where there
+  // are several blocks, since only then their common maximum and sum are known; and last, chunk by chunk, the blocks of
+  // K.
   const Problem<T>& problem;
   const RowGradients<T>& gradients;
   T* const stages;
@@ -245,9 +246,39 @@ __device__ inline void write_coefficients(const Problem<T>& problem, const RowGr
   if (gradients.source) write_sums(products, place.pair, place.group, warp_tile, pitch);
 }
 
+// dX = dS K for a row tile, chunk by chunk.
+template <class T, class L>
+__device__ inline void write_source_gradient(const Problem<T>& problem, const RowGradients<T>& gradients,
+                                             BackwardTiles<T, L>& tiles, const T* coefficients, int pitch, float unit,
+                                             int64_t first_row, const Place<L>& place) {
+  constexpr int WARP_CHUNK = CHUNK<T> / L::COLUMN_WARPS;  // columns of a chunk that a warp computes
+  const int warp_column = place.column_warp * WARP_CHUNK;
+  const int blocks = L::blocks(problem.num_prompts), chunks = (problem.width + CHUNK<T> - 1) / CHUNK<T>;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    Sums<L::M, WARP_CHUNK / 8> sums;
+    T* rows = nullptr;
+    for (int block = 0; block < blocks; ++block) {
+      rows = tiles.next();
+      multiply_by_columns(sums, coefficients + place.first_row * pitch + block * L::COLUMNS, pitch,
+                          rows + L::ROWS * PITCH<T> + warp_column, PITCH<T>,
+                          depth_of<L>(block, problem.num_prompts), place.lane);
+    }
+    for_each_pair(sums, place.pair, [&](float& first, float& second, int, int) {
+      first *= unit;
+      second *= unit;
+    });
+    T* const result = rows + place.first_row * PITCH<T> + warp_column;  // where no rows were loaded
+    write_sums(sums, place.pair, place.group, result, PITCH<T>);
+    store_warp_tile<L::M * 16, WARP_CHUNK>(gradients.source, result, place.lane, first_row + place.first_row,
+                                           problem.rows, chunk * CHUNK<T> + warp_column, problem.width,
+                                           problem.aligned);
+  }
+}
+
 template <class T, class L>
 __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
-    backward_rows_kernel(const __grid_constant__ Problem<T> problem, const __grid_constant__ RowGradients<T> gradients) {
+    backward_rows_kernel(const __grid_constant__ Problem<T> problem,
+                         const __grid_constant__ RowGradients<T> gradients) {
   const Place<L> place;
   const int blocks = L::blocks(problem.num_prompts), chunks = (problem.width + CHUNK<T> - 1) / CHUNK<T>;
   const int pitch = L::template coefficient_pitch<T>(problem.num_prompts);
@@ -255,8 +286,6 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
   T* const coefficients = stages + L::STAGES * L::template STAGE<T>;
   float* const exchange = reinterpret_cast<float*>(coefficients + L::ROWS * pitch);
   float* const block_exchange = exchange + L::ROW_EXCHANGES * L::ROW_EXCHANGE;
-  constexpr int WARP_CHUNK = CHUNK<T> / L::COLUMN_WARPS;  // columns of a chunk of dX that a warp computes
-  const int warp_column = place.column_warp * WARP_CHUNK;
 
   const float scale = expf(*problem.log_scale);
   const int parts = problem.parts(), passes = blocks > 1 ? 2 : 1;
@@ -308,25 +337,9 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
     if (threadIdx.x == 0 && gradients.prompt_units) gradients.prompt_units[row_tile] = derivative.prompt_unit;
     if (threadIdx.x == 0 && gradients.key_units) gradients.key_units[row_tile] = derivative.key_unit;
 
-    for (int chunk = 0; gradients.source && chunk < chunks; ++chunk) {
-      Sums<L::M, WARP_CHUNK / 8> sums;
-      T* rows = nullptr;
-      for (int block = 0; block < blocks; ++block) {
-        rows = tiles.next();
-        multiply_by_columns(sums, coefficients + place.first_row * pitch + block * L::COLUMNS, pitch,
-                            rows + L::ROWS * PITCH<T> + warp_column, PITCH<T>,
-                            depth_of<L>(block, problem.num_prompts), place.lane);
-      }
-      for_each_pair(sums, place.pair, [&](float& first, float& second, int, int) {
-        first *= derivative.key_unit;
-        second *= derivative.key_unit;
-      });
-      T* const result = rows + place.first_row * PITCH<T> + warp_column;  // where no rows were loaded
-      write_sums(sums, place.pair, place.group, result, PITCH<T>);
-      store_warp_tile<L::M * 16, WARP_CHUNK>(gradients.source, result, place.lane, first_row + place.first_row,
-                                             problem.rows, chunk * CHUNK<T> + warp_column, problem.width,
-                                             problem.aligned);
-    }
+    if (gradients.source)
+      write_source_gradient<T, L>(problem, gradients, tiles, coefficients, pitch, derivative.key_unit, first_row,
+                                  place);
   }
   ptx::copy_wait<0>();
 }
@@ -366,7 +379,8 @@ struct WeightLayout {
 
 // Grid: x the [PROMPTS, CHUNK] tiles, y the splits, z which of the wanted gradients.
 template <class T, class L>
-__global__ void __launch_bounds__(L::THREADS, 2) weight_gradients_kernel(const __grid_constant__ WeightGradients<T> all) {
+__global__ void __launch_bounds__(L::THREADS, 2)
+    weight_gradients_kernel(const __grid_constant__ WeightGradients<T> all) {
   const WeightGradient<T>& task = all.wanted[blockIdx.z];
   T* const stages = reinterpret_cast<T*>(ptx::dynamic_shared());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -382,8 +396,8 @@ __global__ void __launch_bounds__(L::THREADS, 2) weight_gradients_kernel(const _
     if (next_row < end) {
       T* coefficients = stages + free_stage * L::STAGE;
       T* activations = coefficients + SPLIT_STEP * L::COEFFICIENT_PITCH;
-      load_tile<SPLIT_STEP, L::PROMPTS, L::THREADS>(coefficients, L::COEFFICIENT_PITCH, task.coefficients, next_row, end,
-                                                    first_prompt, all.num_prompts, true);
+      load_tile<SPLIT_STEP, L::PROMPTS, L::THREADS>(coefficients, L::COEFFICIENT_PITCH, task.coefficients, next_row,
+                                                    end, first_prompt, all.num_prompts, true);
       load_tile<SPLIT_STEP, CHUNK<T>, L::THREADS>(activations, PITCH<T>, task.activations, next_row, end, first_column,
                                                   all.width, all.aligned);
       next_row += SPLIT_STEP;

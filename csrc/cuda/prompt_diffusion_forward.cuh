@@ -76,7 +76,8 @@ __device__ inline void align_shifts(T* coefficients, int pitch, int blocks, cons
 }
 
 template <class T, class L>
-__global__ void __launch_bounds__(L::THREADS, L::BLOCKS) forward_kernel(const __grid_constant__ Problem<T> problem, T* output) {
+__global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
+    forward_kernel(const __grid_constant__ Problem<T> problem, T* output) {
   const Place<L> place;
   const int blocks = L::blocks(problem.num_prompts), chunks = (problem.width + CHUNK<T> - 1) / CHUNK<T>;
   const int pitch = L::template coefficient_pitch<T>(problem.num_prompts);

@@ -36,8 +36,8 @@ struct Layout {
   static constexpr int SLOTS = 2 * M;  // rows of the tile that a lane has scores of
   static_assert(COLUMNS % 16 == 0, "the prompts of a tile are multiplied 16 at a time");
 
-  // Shared memory: the stages, each a tile of activations above one of weights; the tile of coefficients that the second
-  // product multiplies by, [ROWS, prompts]; and floats that threads exchange.
+  // Shared memory: the stages, each a tile of activations above one of weights; the tile of coefficients that the
+  // second product multiplies by, [ROWS, prompts]; and floats that threads exchange.
   template <class T>
   static constexpr int STAGE = (ROWS + COLUMNS) * PITCH<T>;
   static constexpr int ROW_EXCHANGE = COLUMN_WARPS * ROWS, ROW_EXCHANGES = 5, BLOCK_EXCHANGES = 3;

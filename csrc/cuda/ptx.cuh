@@ -70,8 +70,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[2], const void* ro
 // ---- Tensor cores: d += a b, with lane l = 4 group + pair ----
 // d [16, 8] float32: d[0], d[1] in row group, columns 2 pair and 2 pair + 1; d[2], d[3] in row group + 8.
 
-// a [16, 16]: row group, columns 2 pair + (0, 1); row group + 8; then both again, 8 columns on. b [16, 8]: column group,
-// rows 2 pair + (0, 1), then 8 rows on.
+// a [16, 16]: row group, columns 2 pair + (0, 1); row group + 8; then both again, 8 columns on. b [16, 8]: column
+// group, rows 2 pair + (0, 1), then 8 rows on.
 __device__ inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -62,7 +62,8 @@ constexpr int PITCH = CHUNK<T> + PADDING<T>;
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls body(row, column, count) for the pieces of a [rows, width] matrix that make up the tile at (first_row,
-// first_column), `count` of each piece's elements lying inside; rows and columns are the tile's. Threads share them out.
+// first_column), `count` of each piece's elements lying inside; rows and columns are the tile's. Threads share them
+// out.
 template <class T, int ROWS, int COLUMNS, int THREADS, class Body>
 __device__ inline void for_each_piece(int thread, int64_t first_row, int64_t rows, int first_column, int width,
                                       Body body) {
@@ -245,8 +246,8 @@ __device__ inline void multiply(float (&d)[4], const Left<float>& a, const Right
   for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
-// Operands a step of 16 deep: which way a tile lies is in the loader that is passed. The right operands are taken two at
-// a time, so that few registers hold them.
+// Operands a step of 16 deep: which way a tile lies is in the loader that is passed. The right operands are taken two
+// at a time, so that few registers hold them.
 template <class T, int M, int N, class LoadRight>
 __device__ inline void multiply(Sums<M, N>& sums, const Left<T> (&left)[M], LoadRight load_right) {
 #pragma unroll
@@ -337,8 +338,8 @@ __device__ inline float reduce_block(float value, float* exchange, Operation ope
 
 // ---- Dropout ----
 
-// The first words of Philox 4x32-10 (fast_prompt/reference/philox.py) for a few counters at once. The rounds stay a loop:
-// unrolled for every element of a tile they would be most of a kernel's code.
+// The first words of Philox 4x32-10 (fast_prompt/reference/philox.py) for a few counters at once. The rounds stay a
+// loop: unrolled for every element of a tile they would be most of a kernel's code.
 template <int COUNT>
 __device__ inline void philox(uint64_t seed, const uint64_t (&index)[COUNT], uint32_t (&word)[COUNT]) {
   uint32_t c1[COUNT], c2[COUNT] = {}, c3[COUNT] = {};

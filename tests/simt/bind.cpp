@@ -63,7 +63,8 @@ void check(const char* error) {
 
 void forward(uintptr_t output, const py::kwargs& given) {
   Scratch scratch;
-  check(kernels::prompt_diffusion.forward(problem(given), pointer<void>(output), {nullptr, &scratch, Scratch::allocate}));
+  check(kernels::prompt_diffusion.forward(problem(given), pointer<void>(output),
+                                          {nullptr, &scratch, Scratch::allocate}));
 }
 
 void backward(const py::tuple& grad, uintptr_t hidden, uintptr_t source, uintptr_t prompts, uintptr_t keys,

@@ -119,7 +119,8 @@ struct Block {
 unsigned char* stack_of(int thread) {
   static std::vector<unsigned char*> stacks;
   while (static_cast<int>(stacks.size()) <= thread) {
-    void* memory = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stacks.push_back(static_cast<unsigned char*>(memory));
   }

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on a CPU, for tests: blocks one after another, a block's threads as fibers of one CPU thread.
 //
-// A fiber runs until its next warp operation (shuffle, ldmatrix, mma, __syncwarp) or block barrier. A warp's lanes run in
-// turn; when all have come to the same operation it happens, for all at once; lanes that came to different ones, or
+// A fiber runs until its next warp operation (shuffle, ldmatrix, mma, __syncwarp) or block barrier. A warp's lanes run
+// in turn; when all have come to the same operation it happens, for all at once; lanes that came to different ones, or
 // ended, are an error. A warp runs on to the next block barrier before the next warp starts: so whatever one warp has
 // not yet written there another one reads as it was, which is NaN at a block's start, and running everything in reverse
 // as well shows the races that the first order hides.
