@@ -357,7 +357,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
     assert any("prompts" in key for key in plain)
     assert plain.keys() == checkpointed.keys()
     for key, value in plain.items():
-        torch.testing.assert_close(value, checkpointed[key], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, checkpointed[key], rtol=1e-4, atol=1e-4)
 
 
 def block_of(model: nn.Module) -> nn.Module:

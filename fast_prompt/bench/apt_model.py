@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fast_prompt.backends import Call
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import APTConfig
-from fast_prompt.models.sdpa import vilt_self_attention
+from fast_prompt.models.fused import vilt_self_attention
 from fast_prompt.parity import Problem
 from fast_prompt.tuning import get_fast_prompt_model
 

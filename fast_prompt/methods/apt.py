@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.models import PROVEN, AttentionSite, find_attention_sites
-from fast_prompt.models.sdpa import FUSED
+from fast_prompt.models.fused import FUSED
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.nn.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS

@@ -56,7 +56,7 @@ def prompt_diffusion(
     Source: "Approximated Prompt Tuning for Vision-Language Pre-trained Models", arXiv 2306.15706, section 3.
     """
     _check(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
-    hidden, source = hidden.to(_activation_dtype(hidden)), source.to(_activation_dtype(source))
+    hidden, source = _autocast(hidden), _autocast(source)
     _check_dtypes(hidden, source, prompts, keys)
     seed = seed_tensor(seed, hidden.device) if dropout_p > 0 else None
     backend = choose("prompt_diffusion", call_facts(hidden, source, prompts, keys, log_scale))
@@ -72,9 +72,13 @@ def prompt_diffusion(
             dropout_p=dropout_p,
             seed=seed,
         )
-    hidden, source, shape = _three_dimensional(hidden), _three_dimensional(source), hidden.shape
-    options = (activation, row_weight, float(dropout_p), backend)
-    return _PromptDiffusion.apply(hidden, source, prompts, keys, log_scale.float(), seed, *options).view(shape)
+    shape = hidden.shape
+    tensors = (_three_dimensional(hidden), _three_dimensional(source), prompts, keys, log_scale.float())
+    # A custom Function costs as much as the op itself on few rows: only where a gradient may be asked for.
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    run = _PromptDiffusion.apply if differentiable else torch.ops.fast_prompt.prompt_diffusion.default
+    output = run(*tensors, seed, activation, row_weight, float(dropout_p), backend)
+    return output if len(shape) == 3 else output.view(shape)
 
 
 def call_facts(
@@ -131,6 +135,11 @@ def _activation_dtype(activation: Tensor) -> torch.dtype:
     return activation.dtype
 
 
+def _autocast(activation: Tensor) -> Tensor:
+    dtype = _activation_dtype(activation)
+    return activation if activation.dtype == dtype else activation.to(dtype)
+
+
 def _three_dimensional(activation: Tensor) -> Tensor:
     """[..., n, d] as [B, n, d]; a view wherever one exists."""
     if activation.dim() == 3:
@@ -156,7 +165,7 @@ class _PromptDiffusion(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden if ctx.needs_input_grad[4] else None, source, prompts, keys, log_scale, seed)
         ctx.options = options
-        return torch.ops.fast_prompt.prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, *options)
+        return torch.ops.fast_prompt.prompt_diffusion.default(hidden, source, prompts, keys, log_scale, seed, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,7 +175,7 @@ class _PromptDiffusion(torch.autograd.Function):
                 'with fast_prompt.use_backend("reference"): has'
             )
         needs = ctx.needs_input_grad[:5]
-        grads = torch.ops.fast_prompt.prompt_diffusion_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+        grads = torch.ops.fast_prompt.prompt_diffusion_backward.default(grad, *ctx.saved_tensors, *ctx.options, needs)
         seed_and_options = (None,) * 5
         return (*(value if need else None for value, need in zip(grads, needs, strict=True)), *seed_and_options)
 

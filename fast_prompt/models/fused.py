@@ -1,4 +1,4 @@
-"""Scaled dot-product attention for models that compute it step by step: what takes its place while they are folded."""
+"""Attentions that ``transformers`` computes step by step, fused: what takes their place while a model is folded."""
 
 from collections.abc import Callable
 from typing import Any
