@@ -97,7 +97,7 @@ def untouched(model: Any, shape: Shape) -> Function:
 
 
 def with_sdpa(make: Callable[[Any, Shape], Function]) -> Callable[[Any, Shape], Function]:
-    """The same form through torch's fused attention, which ``transformers`` does not use for ViLT."""
+    """The same form with the attention that folding uses, which ``transformers`` does not have for ViLT."""
 
     def fused(model: Any, shape: Shape) -> Function:
         for block in model.encoder.layer:
