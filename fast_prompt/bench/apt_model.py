@@ -18,11 +18,12 @@ from fast_prompt.backends import Call
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import APTConfig
 from fast_prompt.models.fused import vilt_self_attention
+from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.parity import Problem
 from fast_prompt.tuning import get_fast_prompt_model
 
 SHAPE_KEYS = ("B", "n", "p", "layers")
-LARGEST = {"p": 1024}
+LARGEST = {"p": MAX_PROMPTS}
 DEFAULT_SHAPES = ({"B": 8, "n": 185, "p": 200, "layers": 4},)
 PASSES = ("fwd",)
 PARAMETERS = ()

@@ -13,11 +13,12 @@ from torch import Tensor
 from fast_prompt import ops, reference
 from fast_prompt.backends import Call
 from fast_prompt.bench.contender import Contender, backends_for, forced
+from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.parity import Problem
 from fast_prompt.parity.prompt_diffusion import draw
 
 SHAPE_KEYS = ("B", "n", "d", "p")
-LARGEST = {"p": 1024}
+LARGEST = {"p": MAX_PROMPTS}
 PASSES = ("fwd", "fwdbwd")
 DEFAULT_SHAPES = tuple({"B": 8, "n": 237, "d": 768, "p": p} for p in (4, 16, 64, 200))
 PARAMETERS = ("prompts", "keys", "log_scale")

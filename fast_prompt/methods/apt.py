@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fast_prompt.models import PROVEN, AttentionSite, find_attention_sites
 from fast_prompt.models.fused import FUSED
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
-from fast_prompt.nn.prompt_diffusion import MAX_PROMPTS
+from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 from fast_prompt.tuning.config import MethodConfig
 from fast_prompt.tuning.site import FoldedSite, Site

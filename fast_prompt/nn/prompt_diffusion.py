@@ -8,8 +8,6 @@ from fast_prompt.nn import checks
 from fast_prompt.ops.prompt_diffusion import prompt_diffusion
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
-MAX_PROMPTS = 1024
-
 
 class PromptDiffusion(nn.Module):
     """Adds the diffusion of ``num_prompts`` learned prompts to an attention's output.

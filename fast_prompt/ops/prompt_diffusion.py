@@ -11,6 +11,8 @@ from fast_prompt.ops import checks
 from fast_prompt.ops.seeds import seed_tensor
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
+MAX_PROMPTS = 1024
+
 
 def prompt_diffusion(
     hidden: Tensor,
@@ -105,9 +107,9 @@ def _check(
     checks.check_tensor("log_scale", log_scale)
     width = hidden.shape[-1]
     checks.check_shape("source", source, hidden.shape, "that of hidden")
-    if prompts.dim() != 2 or prompts.shape[1] != width or not 1 <= prompts.shape[0] <= 1024 or width == 0:
+    if prompts.dim() != 2 or prompts.shape[1] != width or not 1 <= prompts.shape[0] <= MAX_PROMPTS or width == 0:
         raise ValueError(
-            f"prompts: expected shape [p, {width}] with p from 1 to 1,024 and a width of at least 1 "
+            f"prompts: expected shape [p, {width}] with p from 1 to {MAX_PROMPTS:,} and a width of at least 1 "
             f"(that of hidden), got {tuple(prompts.shape)}"
         )
     checks.check_shape("keys", keys, prompts.shape, "that of prompts")
