@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fast_prompt.nn import checks
-from fast_prompt.ops.prompt_diffusion import prompt_diffusion
+from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS, prompt_diffusion
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
 
