@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fast_prompt.backends import BACKENDS, Call, cpu, cuda
+from fast_prompt.backends import BACKENDS, PromptDiffusionCall, cpu, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import build_native  # noqa: E402 (lives beside setup.py, outside the package)
 
-CALL = Call(torch.device("cuda"), torch.bfloat16, torch.bfloat16, 768, 200)
+CALL = PromptDiffusionCall(torch.device("cuda"), torch.bfloat16, torch.bfloat16, 768, 200)
 
 
 @pytest.fixture

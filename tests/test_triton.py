@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from fast_prompt.backends import Call
+from fast_prompt.backends import PromptDiffusionCall
 from fast_prompt.backends import triton as backend
 from fast_prompt.reference import prompt_diffusion as reference
 from fast_prompt.reference.philox import philox
@@ -222,7 +222,7 @@ def test_mask_is_philox_of_row_times_p_plus_column(first_row, seed):
 
 def call(**changes):
     facts = {"device": torch.device(DEVICE), "dtype": BF16, "weight_dtype": BF16, "width": 768, "num_prompts": 200}
-    return Call(**(facts | changes))
+    return PromptDiffusionCall(**(facts | changes))
 
 
 REFUSED = {

@@ -10,11 +10,24 @@ import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from fast_prompt.backends import cpu, cuda, reference, triton
+from fast_prompt.backends.call import CALLS, Call, PromptCompressCall, PromptDiffusionCall
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Call",
+    "PromptCompressCall",
+    "PromptDiffusionCall",
+    "check_backend_name",
+    "choose",
+    "describe",
+    "refusals",
+    "use_backend",
+]
 
 logger = logging.getLogger("fast_prompt")
 
@@ -25,24 +38,6 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot take the call."""
-
-
-class Call(NamedTuple):
-    """The static facts of one call of an op.
-
-    Attributes:
-        device: where the activations are.
-        dtype: the activations' dtype.
-        weight_dtype: the dtype of the method's own tensors (prompts and keys).
-        width: the model's width d.
-        num_prompts: the number of prompts p.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    width: int
-    num_prompts: int
 
 
 # A plain global, not a ContextVar: torch.compile guards on it, and compiles anew when it changes.
@@ -81,7 +76,7 @@ def refusals(op: str, call: Call) -> dict[str, str | None]:
 
 def choose(op: str, call: Call) -> str:
     """The name of the backend that runs this call."""
-    return _choose(_forced, op, call.device, call.dtype, call.weight_dtype, call.width, call.num_prompts)
+    return _choose(_forced, op, *call)
 
 
 def _refusal(name: str, op: str, call: Call) -> str | None:
@@ -92,7 +87,7 @@ def _refusal(name: str, op: str, call: Call) -> str | None:
 
 
 def _choose(forced: str | None, op: str, *facts: object) -> str:
-    call = Call(*facts)  # type: ignore[arg-type]
+    call = CALLS[op](*facts)  # type: ignore[arg-type]
     if forced is not None:
         if _refusal(check_backend_name(forced), op, call) is not None:
             raise BackendError(f"backend {forced!r} cannot take this call of {op}:\n{describe(refusals(op, call))}")

@@ -3,26 +3,18 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fast_prompt.backends.call import Call, refuses_dtypes
 
 name = "cpu"
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARY = _PACKAGE / "_native.so"
 _RECORD = _PACKAGE / "_build.json"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Call(Protocol):
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def weight_dtype(self) -> torch.dtype: ...
 
 
 def build_info() -> dict[str, Any]:
@@ -46,15 +38,11 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(op: str, call: _Call) -> str | None:
+def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cpu":
         return f"runs on cpu, not on {call.device.type}"
-    if call.dtype not in _DTYPES:
-        return f"has float32, bfloat16 and float16, not {call.dtype}"
-    if call.weight_dtype not in (call.dtype, torch.float32):
-        return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
-    return None
+    return refuses_dtypes(call)
 
 
 def isa() -> str:

@@ -1,30 +1,19 @@
 """CUDA C++ on NVIDIA GPUs: the kernels of csrc/cuda, in the same library as the CPU's."""
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
 from fast_prompt.backends import cpu
+from fast_prompt.backends.call import Call, PromptDiffusionCall, refuses_dtypes
 
 name = "cuda"
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # Ampere: cp.async, bf16 and TF32 products
 _MOST_PROMPTS = 1024  # a row's activations stay on chip
 _MOST_PROMPTS_FLOAT32_SMALL = 768  # in float32 on a chip with 99 KiB of shared memory a block; others have 163 and more
 _SMALL_CHIPS = ((8, 6), (8, 9), (12, 0), (12, 1))
-
-
-class _Call(Protocol):
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def weight_dtype(self) -> torch.dtype: ...
-    @property
-    def num_prompts(self) -> int: ...
 
 
 @functools.cache
@@ -42,20 +31,27 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(op: str, call: _Call) -> str | None:
+def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cuda":
         return f"runs on cuda, not on {call.device.type}"
-    if call.dtype not in _DTYPES:
-        return f"has float32, bfloat16 and float16, not {call.dtype}"
-    if call.weight_dtype not in (call.dtype, torch.float32):
-        return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
-    capability = torch.cuda.get_device_capability(call.device)
+    return refuses_dtypes(call) or _refuses_chip(call.device) or _REFUSES_SIZES[op](call)
+
+
+def _refuses_chip(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"needs compute capability 8.0, not {capability[0]}.{capability[1]}"
-    small = call.dtype == torch.float32 and capability in _SMALL_CHIPS
+    return None
+
+
+def _refuses_prompts(call: PromptDiffusionCall) -> str | None:
+    small = call.dtype == torch.float32 and torch.cuda.get_device_capability(call.device) in _SMALL_CHIPS
     most = _MOST_PROMPTS_FLOAT32_SMALL if small else _MOST_PROMPTS
     return f"takes up to {most} prompts, not {call.num_prompts}" if call.num_prompts > most else None
+
+
+_REFUSES_SIZES: dict[str, Callable[..., str | None]] = {"prompt_diffusion": _refuses_prompts}
 
 
 # The operators are the CPU's; the tensors' device decides which code runs, and on which stream.

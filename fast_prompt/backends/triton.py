@@ -7,32 +7,20 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fast_prompt.backends.call import Call, PromptDiffusionCall, refuses_dtypes
+
 name = "triton"
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PROMPTS = 1024  # a row's scores stay on chip
 _MOST_PROMPTS_AMD_FLOAT32 = 512  # a step through 1024 keys in float32 is all of the chip's 64 KiB of shared memory
 _MOST_ROWS = 64  # of a tile
 _LEAST_CAPABILITY = (8, 0)  # Ampere
-
-
-class _Call(Protocol):
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def weight_dtype(self) -> torch.dtype: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def num_prompts(self) -> int: ...
 
 
 def interpreted() -> bool:
@@ -50,22 +38,14 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(op: str, call: _Call) -> str | None:
+def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cuda" and not (call.device.type == "cpu" and interpreted()):
         return f"runs on cuda, not on {call.device.type}"
-    return _refuses_dtypes(call) or _refuses_sizes(call) or _refuses_chip(call.device)
+    return refuses_dtypes(call) or _REFUSES_SIZES[op](call) or _refuses_chip(call.device)
 
 
-def _refuses_dtypes(call: _Call) -> str | None:
-    if call.dtype not in _DTYPES:
-        return f"has float32, bfloat16 and float16, not {call.dtype}"
-    if call.weight_dtype not in (call.dtype, torch.float32):
-        return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
-    return None
-
-
-def _refuses_sizes(call: _Call) -> str | None:
+def _refuses_prompts(call: PromptDiffusionCall) -> str | None:
     amd_float32 = torch.version.hip is not None and call.dtype == torch.float32
     most = _MOST_PROMPTS_AMD_FLOAT32 if amd_float32 else _MOST_PROMPTS
     if call.num_prompts > most:
@@ -73,6 +53,9 @@ def _refuses_sizes(call: _Call) -> str | None:
     if max(call.num_prompts, _MOST_ROWS) * call.width >= 2**31:
         return f"takes weights and row tiles of fewer than 2**31 elements, not width {call.width}"
     return None
+
+
+_REFUSES_SIZES: dict[str, Callable[..., str | None]] = {"prompt_diffusion": _refuses_prompts}
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_prompt.backends import Call
+from fast_prompt.backends import PromptDiffusionCall
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import APTConfig
 from fast_prompt.models.fused import vilt_self_attention
@@ -77,7 +77,9 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, backward:
         "prompts_as_keys_values": (prompts_as_keys_values, prompts_as_tokens),
     }
     found = [Contender(name, "baseline", build(make), definitions[form]) for name, (make, form) in baselines.items()]
-    for backend in backends_for("prompt_diffusion", Call(device, dtype, torch.float32, WIDTH, shape["p"])):
+    for backend in backends_for(
+        "prompt_diffusion", PromptDiffusionCall(device, dtype, torch.float32, WIDTH, shape["p"])
+    ):
         for name, make in (("unfolded", apt_unfolded), ("folded", apt_folded)):
             function = forced(build(make), backend)
             found.append(Contender(f"{backend}_{name}", "ours", function, definitions[apt_unfolded]))

@@ -39,6 +39,21 @@ def check_device(name: str, value: Tensor, expected: torch.device, meaning: str)
         raise ValueError(f"{name}: expected device {expected} ({meaning}), got {value.device}")
 
 
+def check_mask(name: str, value: object) -> None:
+    """A bool tensor."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a bool tensor, True where a token is padding, got {got}")
+
+
+def check_count(name: str, value: object) -> None:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number of at least 1, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """One of the strings ``choices``."""
     if value not in choices:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fast_prompt import reference
-from fast_prompt.backends import BACKENDS, Call, choose
+from fast_prompt.backends import BACKENDS, PromptDiffusionCall, choose
 from fast_prompt.ops import checks
+from fast_prompt.ops.autocast import activation_dtype, autocast
 from fast_prompt.ops.seeds import seed_tensor
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
@@ -58,7 +59,7 @@ def prompt_diffusion(
     Source: "Approximated Prompt Tuning for Vision-Language Pre-trained Models", arXiv 2306.15706, section 3.
     """
     _check(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
-    hidden, source = _autocast(hidden), _autocast(source)
+    hidden, source = autocast(hidden), autocast(source)
     _check_dtypes(hidden, source, prompts, keys)
     seed = seed_tensor(seed, hidden.device) if dropout_p > 0 else None
     backend = choose("prompt_diffusion", call_facts(hidden, source, prompts, keys, log_scale))
@@ -85,9 +86,11 @@ def prompt_diffusion(
 
 def call_facts(
     hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, **options: Any
-) -> Call:
+) -> PromptDiffusionCall:
     """What the choice of a backend depends on, from the arguments of ``prompt_diffusion``."""
-    return Call(hidden.device, _activation_dtype(hidden), prompts.dtype, hidden.shape[-1], prompts.shape[0])
+    return PromptDiffusionCall(
+        hidden.device, activation_dtype(hidden), prompts.dtype, hidden.shape[-1], prompts.shape[0]
+    )
 
 
 def _check(
@@ -127,19 +130,6 @@ def _check_dtypes(hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor)
     weight_dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
     checks.check_dtype("prompts", prompts, weight_dtypes, "that of hidden, or float32")
     checks.check_dtype("keys", keys, (prompts.dtype,), "that of prompts")
-
-
-def _activation_dtype(activation: Tensor) -> torch.dtype:
-    """What autocast would make of a matrix product's operand; it leaves float64 alone."""
-    device_type = activation.device.type
-    if torch.is_autocast_enabled(device_type) and activation.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return activation.dtype
-
-
-def _autocast(activation: Tensor) -> Tensor:
-    dtype = _activation_dtype(activation)
-    return activation if activation.dtype == dtype else activation.to(dtype)
 
 
 def _three_dimensional(activation: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: what the backends must reproduce."""
 
+from fast_prompt.reference.prompt_compress import prompt_compress
 from fast_prompt.reference.prompt_diffusion import prompt_diffusion
 
-__all__ = ["prompt_diffusion"]
+__all__ = ["prompt_compress", "prompt_diffusion"]

@@ -1,0 +1,61 @@
+"""The static facts of one call of each op: what the choice of a backend may depend on."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class PromptDiffusionCall(NamedTuple):
+    """One call of ``prompt_diffusion``.
+
+    Attributes:
+        device: where the activations are.
+        dtype: the activations' dtype.
+        weight_dtype: the dtype of the prompts and keys.
+        width: the model's width d.
+        num_prompts: the number of prompts p.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    width: int
+    num_prompts: int
+
+
+class PromptCompressCall(NamedTuple):
+    """One call of ``prompt_compress``.
+
+    Attributes:
+        device: where the visual tokens are.
+        dtype: the dtype of the query and the visual tokens.
+        weight_dtype: the projections' dtype.
+        num_queries: m.
+        num_heads: h.
+        head_dim: d_h, the width of one head.
+        visual_width: d_v, the width of a visual token.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    num_queries: int
+    num_heads: int
+    head_dim: int
+    visual_width: int
+
+
+Call = PromptDiffusionCall | PromptCompressCall
+
+CALLS: dict[str, type[Call]] = {"prompt_diffusion": PromptDiffusionCall, "prompt_compress": PromptCompressCall}
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses_dtypes(call: Call) -> str | None:
+    """Why no kernel of ours, on any device, can take a call's dtypes, or None."""
+    if call.dtype not in _DTYPES:
+        return f"has float32, bfloat16 and float16, not {call.dtype}"
+    if call.weight_dtype not in (call.dtype, torch.float32):
+        return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"
+    return None
