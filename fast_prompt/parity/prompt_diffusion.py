@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fast_prompt import reference
+from fast_prompt.parity import arrangements
 from fast_prompt.parity.problem import Problem
 
 ARGUMENTS = ("hidden", "source", "prompts", "keys", "log_scale")
@@ -150,11 +151,6 @@ def _diffusion_size(source: Tensor, prompts: Tensor, keys: Tensor, options: dict
 Tensors = dict[str, Tensor]
 
 
-def _between_nans(tensor: Tensor, dimension: int) -> Tensor:
-    """The same values as every second slice of a larger tensor; whoever ignores the strides meets NaN."""
-    return torch.stack((torch.full_like(tensor, torch.nan), tensor), dimension).select(dimension, 1)
-
-
 def _activations(change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
     """Changes hidden, source and the incoming gradient; leaves the weights alone."""
     return lambda tensors: tensors | {name: change(tensors[name]) for name in ("hidden", "source", "grad")}
@@ -167,15 +163,13 @@ def _expanded_inputs(tensors: Tensors) -> Tensors:
 
 
 def _expanded_gradient(tensors: Tensors) -> Tensors:
-    """As from ``output.sum()``: a single number, every stride 0."""
-    grad = tensors["grad"]
-    return tensors | {"grad": torch.ones((), dtype=grad.dtype, device=grad.device).expand_as(grad)}
+    return tensors | {"grad": arrangements.expanded_number(tensors["grad"])}
 
 
 def _weights_strided(tensors: Tensors) -> Tensors:
     """Prompts as every second row of a bank, keys as the transpose of a [d, p] matrix."""
     prompts, keys = tensors["prompts"], tensors["keys"]
-    return tensors | {"prompts": _between_nans(prompts, 1), "keys": keys.T.contiguous().T}
+    return tensors | {"prompts": arrangements.between_nans(prompts, 1), "keys": keys.T.contiguous().T}
 
 
 def _negative_scores(tensors: Tensors) -> Tensors:
@@ -185,10 +179,10 @@ def _negative_scores(tensors: Tensors) -> Tensors:
 
 ARRANGEMENTS: dict[str, Callable[[Tensors], Tensors]] = {
     "plain": lambda tensors: tensors,
-    "rows sliced": _activations(lambda tensor: _between_nans(tensor, -2)),
-    "columns sliced": _activations(lambda tensor: _between_nans(tensor, -1)),
-    "batch second": _activations(lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1)),
-    "columns first": _activations(lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2)),
+    "rows sliced": _activations(arrangements.rows_sliced),
+    "columns sliced": _activations(arrangements.columns_sliced),
+    "batch second": _activations(arrangements.batch_second),
+    "columns first": _activations(arrangements.columns_first),
     "expanded inputs": _expanded_inputs,
     "expanded gradient": _expanded_gradient,
     "weights strided": _weights_strided,
