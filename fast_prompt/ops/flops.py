@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from fast_prompt.ops import prompt_diffusion  # noqa: F401 (registers the ops counted here)
+from fast_prompt.ops import prompt_compress, prompt_diffusion  # noqa: F401 (registers the ops counted here)
 
 
 @register_flop_formula(torch.ops.fast_prompt.prompt_diffusion)
@@ -28,3 +28,31 @@ def _flops_backward(
     need_score_gradient = need_source or need_keys or need_scale
     products = need_scores + need_score_gradient + need_source + need_prompts + need_keys
     return 2 * products * math.prod(grad_shape) * prompts_shape[0]
+
+
+@register_flop_formula(torch.ops.fast_prompt.prompt_compress)
+def _compress_flops(query_shape: Any, visual_shape: Any, *args: Any, **__: Any) -> int:
+    """The queries through W_k, the results through W_v; scores and weighted tokens for every head."""
+    projection, tokens = _compress_products(query_shape, visual_shape, num_heads=args[5])
+    return 2 * projection + 2 * tokens
+
+
+@register_flop_formula(torch.ops.fast_prompt.prompt_compress_backward)
+def _compress_flops_backward(grad_shape: Any, query_shape: Any, visual_shape: Any, *args: Any, **__: Any) -> int:
+    """What was not kept again, then a product for each of dy, dw, du and every gradient; two for the tokens'."""
+    num_heads, _, _, probabilities, attended, _, needs = args[5:]
+    projection, tokens = _compress_products(query_shape, visual_shape, num_heads)
+    need_query, need_visual, need_keys, need_values, _ = needs
+    need_scores = need_query or need_visual or need_keys
+    recomputed = [need_scores and not math.prod(probabilities), need_values and not math.prod(attended)]
+    need_absorbed_query = need_visual or recomputed[0]
+    projections = [need_scores, need_absorbed_query, need_query, need_keys, need_values]
+    passes = [*recomputed, need_scores, need_query or need_keys, need_visual, need_visual]
+    return projection * sum(map(bool, projections)) + tokens * sum(map(bool, passes))
+
+
+def _compress_products(query_shape: Any, visual_shape: Any, num_heads: int) -> tuple[int, int]:
+    """FLOPs of one product with a projection's weight, and of one of all rows with the visual tokens."""
+    batch, num_tokens, visual_width = visual_shape
+    projection = 2 * math.prod(query_shape) * visual_width
+    return projection, 2 * batch * query_shape[1] * num_heads * num_tokens * visual_width
