@@ -1,103 +1,73 @@
-"""Compiles Triton kernels for chips that need not be here, and says what they use.
+"""Compiles every op's Triton kernels for chips that need not be here, and says what they use.
 
-A program of its own, since tests run with ``TRITON_INTERPRET=1``: reads a JSON list of variants (``Variant``'s fields)
-from stdin and writes one JSON object a line to stdout, in order.
+A program of its own, since tests run with ``TRITON_INTERPRET=1``: writes one JSON object a line to stdout, for
+each of ``cases()`` in order. A new op gets a line in ``MODULES`` and a module like the one there, with:
+
+    kernels                         the module of fast_prompt_kernels
+    variants()                      what to compile; each has kernel, arch, dtype, budget, multiplies, fills_a_tile
+    launch(variant)                 constants of compile time, launch options
+    argument_type(name, variant)    in Triton's spelling, such as "*bf16"
+    is_aligned(name, variant)       whether that argument is a multiple of 16
 """
 
+import importlib
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
-from fast_prompt_kernels import prompt_diffusion as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+MODULES = {"prompt_diffusion": "aot_prompt_diffusion", "prompt_compress": "aot_prompt_compress"}
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COEFFICIENTS = ("prompt_coefficients", "key_coefficients", "coefficients")
-FLOAT32 = ("log_scale", "scale_partials", "splits")
-INTEGERS = ("rows", "rows_per_batch", "rows_per_split", "num_splits", "size", "d", "p", "pitch")
-ALIGNED = ("d", "pitch", "size")  # multiples of 16, as in every model; strides too
-OPTIONS = {"SOFTMAX": "softmax", "DROPOUT": "dropout", "SPLIT_KEYS": "wide_weights"}
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Variant(NamedTuple):
-    """One kernel as one call would launch it; ``narrow`` with the few rows a tile that small inputs get."""
-
-    kernel: str
-    arch: str
-    dtype: str
-    p: int = 200
-    softmax: bool = False
-    dropout: bool = False
-    wide_weights: bool = False
-    narrow: bool = False
+def cases():
+    """Every (op, variant)."""
+    return [(op, variant) for op in MODULES for variant in module_of(op).variants()]
 
 
-def launch(variant: Variant) -> tuple[dict, dict]:
-    """The kernel's compile-time constants and launch options, from the launcher's own tables."""
-    dtype, hip = DTYPES[variant.dtype], variant.arch.startswith("gfx")
-    if variant.kernel in ("sum_splits_kernel", "round_weights_kernel"):
-        return {"BLOCK": kernels._ELEMENTS}, {"num_warps": 4}
-    if variant.kernel in ("forward_kernel", "coefficients_kernel"):
-        tile, block_p = kernels.row_tile(variant.p, dtype), kernels.padded_prompts(variant.p)
-        tile = kernels.narrow(tile) if variant.narrow else tile
-    else:
-        tile, block_p = kernels.product_tile(dtype), kernels.product_prompts(variant.p, dtype)
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_D": tile.width, "BLOCK_P": block_p}
-    return blocks, kernels.launch_options(tile, hip)
+def module_of(op):
+    return importlib.import_module(MODULES[op])
 
 
-def source(variant: Variant) -> tuple[ASTSource, dict]:
-    kernel = getattr(kernels, variant.kernel)
-    blocks, options = launch(variant)
-    constants, signature, attributes = {}, {}, {}
+def source(op, variant):
+    module = module_of(op)
+    kernel = getattr(module.kernels, variant.kernel)
+    constants, options = module.launch(variant)
+    constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
+    signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        if name.isupper():
-            value = getattr(variant, OPTIONS[name]) if name in OPTIONS else blocks.get(name, True)
-            constants[name], signature[name] = value, "constexpr"
-            continue
-        signature[name] = argument_type(name, variant)
-        if signature[name].startswith("*") or name in ALIGNED or "stride" in name:
+        signature[name] = "constexpr" if name in constants else module.argument_type(name, variant)
+        if name not in constants and module.is_aligned(name, variant):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def argument_type(name: str, variant: Variant) -> str:
-    if name in INTEGERS or "stride" in name:
-        return "i32"
-    scalars = {"threshold": "u32", "keep_scale": "fp32", "seed": "*i64"}
-    if name in scalars:
-        return scalars[name]
-    if name in FLOAT32 or (variant.kernel == "round_weights_kernel" and name in ("prompts", "keys")):
-        return "*fp32"
-    if name in COEFFICIENTS and kernels.coefficients_dtype(DTYPES[variant.dtype]) == torch.float32:
-        return "*fp32"
-    return f"*{variant.dtype}"
-
-
-def compile_variant(variant: Variant) -> dict:
+def compile_case(op, variant):
     """Registers a thread, spilled bytes (registers on AMD), bytes of shared memory, tensor-core instructions."""
-    ast, options = source(variant)
+    ast, options = source(op, variant)
     compiled = triton.compile(ast, target=TARGETS[variant.arch], options=options)
     measure = measure_amd if variant.arch.startswith("gfx") else measure_nvidia
     return {"shared": compiled.metadata.shared, **measure(compiled.asm)}
 
 
-def measure_nvidia(asm: dict) -> dict:
+def measure_nvidia(asm):
     program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -112,21 +82,21 @@ def measure_nvidia(asm: dict) -> dict:
     return {"registers": registers, "spilled": stack + local, "instructions": instructions, "widest_copy": widest}
 
 
-def measure_amd(asm: dict) -> dict:
+def measure_amd(asm):
     text = asm["amdgcn"]
     registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
     instructions = ["mfma"] if "v_mfma" in text else []
     return {"registers": registers, "spilled": spilled, "instructions": instructions, "widest_copy": 16}
 
 
-def describe(variant: Variant) -> str:
+def describe(case):
     try:
-        return json.dumps(compile_variant(variant))
+        return json.dumps(compile_case(*case))
     except Exception as error:  # a kernel that does not compile is a result too
         return json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
 
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for line in pool.map(describe, [Variant(**fields) for fields in json.load(sys.stdin)]):
+        for line in pool.map(describe, cases()):
             print(line, flush=True)

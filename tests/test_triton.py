@@ -102,7 +102,7 @@ def test_widths(width):
 @pytest.mark.parametrize("fill", [False, True], ids=["narrow tile", "full tile"])
 def test_many_rows(fill, dtype, monkeypatch):
     """More rows than a tile and a split hold."""
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1 if fill else 1000)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1 if fill else 1000)
     inputs, grad = make_inputs(2, 145, 40, 18, dtype)
     assert_matches(inputs, grad, *settings(dropout_p=0.2))
 
@@ -126,7 +126,7 @@ def test_strides_are_followed_without_a_copy(arrangement, dtype):
     arrange = ARRANGEMENTS[arrangement]
     inputs[:2] = arrange(inputs[0]), arrange(inputs[1])
     grad = arrange(grad)
-    assert kernels._Rows.of(grad).tensor is grad
+    assert kernels.Rows.of(grad).tensor is grad
     assert_matches(inputs, grad, *settings())
 
 

@@ -1,25 +1,27 @@
 """Triton on NVIDIA and AMD GPUs, and in Triton's interpreter where ``TRITON_INTERPRET=1`` says so.
 
-The kernels are in ``fast_prompt_kernels``, imported at the first call: triton takes long to import, and may be absent.
+The kernels are in ``fast_prompt_kernels``, imported at an op's first call: triton takes long to import, and may be
+absent.
 """
 
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fast_prompt.backends.call import Call, PromptDiffusionCall, refuses_dtypes
+from fast_prompt.backends.call import Call, PromptCompressCall, PromptDiffusionCall, refuses_dtypes
 
 name = "triton"
 
 _MOST_PROMPTS = 1024  # a row's scores stay on chip
 _MOST_PROMPTS_AMD_FLOAT32 = 512  # a step through 1024 keys in float32 is all of the chip's 64 KiB of shared memory
 _MOST_ROWS = 64  # of a tile
+_MOST_HEADS = 65535  # of a launch grid's second dimension
 _LEAST_CAPABILITY = (8, 0)  # Ampere
 
 
@@ -55,7 +57,14 @@ def _refuses_prompts(call: PromptDiffusionCall) -> str | None:
     return None
 
 
-_REFUSES_SIZES: dict[str, Callable[..., str | None]] = {"prompt_diffusion": _refuses_prompts}
+def _refuses_heads(call: PromptCompressCall) -> str | None:
+    return f"takes up to {_MOST_HEADS} heads, not {call.num_heads}" if call.num_heads > _MOST_HEADS else None
+
+
+_REFUSES_SIZES: dict[str, Callable[..., str | None]] = {
+    "prompt_diffusion": _refuses_prompts,
+    "prompt_compress": _refuses_heads,
+}
 
 
 @functools.cache
@@ -78,7 +87,7 @@ def prompt_diffusion(
     dropout_p: float,
 ) -> Tensor:
     """``fast_prompt.reference.prompt_diffusion`` for hidden and source [B, n, d], not empty, log_scale float32."""
-    return _kernels().prompt_diffusion(
+    return _kernels("prompt_diffusion").prompt_diffusion(
         hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p
     )
 
@@ -107,9 +116,68 @@ def prompt_diffusion_backward(
         Five gradients, contiguous, in their inputs' dtypes; None where not wanted.
     """
     settings = (activation, row_weight, dropout_p)
-    return _kernels().prompt_diffusion_backward(grad, hidden, source, prompts, keys, log_scale, seed, *settings, needs)
+    return _kernels("prompt_diffusion").prompt_diffusion_backward(
+        grad, hidden, source, prompts, keys, log_scale, seed, *settings, needs
+    )
+
+
+def prompt_compress(
+    query: Tensor,
+    visual: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout_p: float,
+    keep_probabilities: bool,
+    keep_attended: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``fast_prompt.reference.prompt_compress`` in its absorbed form, for inputs of which none is empty.
+
+    Returns:
+        The output [B, m, E], contiguous, and in float32: the logarithms of the softmax's sums [B, h, m], the
+        probabilities before dropout [B, h, m, n], and the tokens weighted by them after it [B, h, m, d_v]; these two
+        None where they are not to be kept.
+    """
+    tensors = (query, visual, key_weight, value_weight, value_bias, key_padding_mask, seed)
+    return _kernels("prompt_compress").prompt_compress(
+        *tensors, num_heads, dropout_p, keep_probabilities, keep_attended
+    )
+
+
+def prompt_compress_backward(
+    grad: Tensor,
+    query: Tensor,
+    visual: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout_p: float,
+    logsumexp: Tensor,
+    probabilities: Tensor | None,
+    attended: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``prompt_compress`` for ``grad`` [B, m, E].
+
+    Args:
+        grad: the output's gradient; query to dropout_p are the forward's arguments.
+        logsumexp, probabilities, attended: what the forward returned; the last two may be None.
+        needs: for query, visual, key_weight, value_weight and value_bias, whether its gradient is wanted.
+
+    Returns:
+        Five gradients, contiguous, in their inputs' dtypes; None where not wanted.
+    """
+    tensors = (grad, query, visual, key_weight, value_weight, value_bias, key_padding_mask, seed)
+    kept = (logsumexp, probabilities, attended)
+    return _kernels("prompt_compress_backward").prompt_compress_backward(*tensors, num_heads, dropout_p, *kept, needs)
 
 
 @functools.cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("fast_prompt_kernels.prompt_diffusion")
+def _kernels(module: str) -> ModuleType:
+    return importlib.import_module(f"fast_prompt_kernels.{module}")

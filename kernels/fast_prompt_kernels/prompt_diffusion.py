@@ -32,8 +32,6 @@ once whatever p is; the price is that L2 delivers the weights more often.
 Speeds above are arithmetic: none of these kernels has run on a GPU yet.
 """
 
-import contextlib
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,59 +40,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_TINY = tl.constexpr(1e-30)  # its reciprocal is finite
+from fast_prompt_kernels.tiles import (
+    TINY,
+    Rows,
+    Tile,
+    coefficient_dot,
+    coefficients_dtype,
+    device_guard,
+    dot,
+    dropout_arguments,
+    dropout_words,
+    launch_options,
+    load_tile,
+    multiprocessors,
+    round_to,
+    row_offsets,
+    store_tile,
+)
+
 _LENGTHS = ("rows", "rows_per_batch", "rows_per_split")  # no new kernel for a new batch or sequence length
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tile operations
-
-
-@triton.jit
-def _dot(a, b, total):
-    """``total + a @ b``, summed in float32."""
-    if INTERPRETED:  # the interpreter multiplies bfloat16 as if its bits were integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _round(tile, dtype: tl.constexpr):
-    """``tile`` in ``dtype``, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the low bits off
-        bits = tile.to(tl.uint32, bitcast=True)
-        tile = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tile.to(dtype)
-
-
-@triton.jit
-def _coefficient_dot(a, b, total):
-    """``total + a @ b``; float32 coefficients beside half ``b`` lose each row's scale before they are rounded."""
-    if a.dtype == b.dtype:
-        return _dot(a, b, total)
-    unit = tl.maximum(tl.max(tl.abs(a), axis=1), _TINY)
-    return total + unit[:, None] * _dot(_round(a * (1.0 / unit)[:, None], b.dtype), b, tl.zeros_like(total))
-
-
-@triton.jit
-def _row_offsets(row, rows_per_batch, stride_batch, stride_row, FLAT: tl.constexpr):
-    """Where rows begin in a [B, n, d] tensor of any batch and row strides; FLAT when one stride serves all rows."""
-    if FLAT:
-        return row * stride_row
-    return (row // rows_per_batch) * stride_batch + (row % rows_per_batch) * stride_row
-
-
-@triton.jit
-def _load(base, first, second, first_valid, second_valid):
-    """The tile ``base[first[i] + second[j]]``, zero outside."""
-    return tl.load(base + (first[:, None] + second[None, :]), first_valid[:, None] & second_valid[None, :], other=0.0)
-
-
-@triton.jit
-def _store(base, first, second, first_valid, second_valid, tile):
-    tile = _round(tile, base.dtype.element_ty)
-    tl.store(base + (first[:, None] + second[None, :]), tile, first_valid[:, None] & second_valid[None, :])
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # R, as forward and backward both compute it
@@ -106,17 +70,14 @@ def _add_scores(scores, source, offsets, valid, keys, d, p, BLOCK_D: tl.constexp
     column = tl.arange(0, BLOCK_P)
     for start in tl.range(0, d, BLOCK_D):
         lane = start + tl.arange(0, BLOCK_D)
-        x = _load(source, offsets, lane, valid, lane < d)
-        scores = _dot(x, _load(keys, lane, column * d, lane < d, column < p), scores)
+        x = load_tile(source, offsets, lane, valid, lane < d)
+        scores = dot(x, load_tile(keys, lane, column * d, lane < d, column < p), scores)
     return scores
 
 
 @triton.jit
 def _negate_dropped(active, row, column, p, seed, threshold):
-    counter = row[:, None] * p + column[None, :]
-    low = counter.to(tl.uint32)
-    zero = tl.zeros_like(low)
-    word, _, _, _ = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
+    word = dropout_words(row, column, p, seed)
     return tl.where(word >= threshold, active, -active)
 
 
@@ -168,16 +129,16 @@ def forward_kernel(
     local_row = tl.arange(0, BLOCK_M)  # offsets within a tile of a contiguous tensor fit 32 bits
     row = first_row + local_row
     valid = row < rows
-    source_offsets = _row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
-    hidden_offsets = _row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
+    source_offsets = row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
+    hidden_offsets = row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
     signed = _signed_activation(
         source, source_offsets, valid, row, keys, keys_low, seed, threshold, d, p,
         SOFTMAX, DROPOUT, SPLIT_KEYS, BLOCK_M, BLOCK_D, BLOCK_P,
     )  # fmt: skip
     kept = tl.where(signed <= 0, 0.0, signed)
     largest = tl.max(kept, axis=1)
-    unit = tl.maximum(largest, _TINY)
-    coefficients = _round(kept * (1.0 / unit)[:, None], prompts.dtype.element_ty)
+    unit = tl.maximum(largest, TINY)
+    coefficients = round_to(kept * (1.0 / unit)[:, None], prompts.dtype.element_ty)
     weight = unit * keep_scale
     if MAX_WEIGHT:
         weight *= largest * keep_scale
@@ -185,10 +146,10 @@ def forward_kernel(
     column = tl.arange(0, BLOCK_P)
     for start in tl.range(0, d, BLOCK_D):
         lane = start + tl.arange(0, BLOCK_D)
-        prompt = _load(prompts, column * d, lane, column < p, lane < d)
-        mixed = _dot(coefficients, prompt, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
-        h = _load(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
-        _store(output + first_row * d, local_row * d, lane, valid, lane < d, scale * (h + weight[:, None] * mixed))
+        prompt = load_tile(prompts, column * d, lane, column < p, lane < d)
+        mixed = dot(coefficients, prompt, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+        h = load_tile(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
+        store_tile(output + first_row * d, local_row * d, lane, valid, lane < d, scale * (h + weight[:, None] * mixed))
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -210,7 +171,7 @@ def coefficients_kernel(
     column = tl.arange(0, BLOCK_P)
     scale = tl.exp(tl.load(log_scale))
     if NEED_PROMPTS or NEED_SCORES or NEED_SCALE:
-        source_offsets = _row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
+        source_offsets = row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
         signed = _signed_activation(
             source, source_offsets, valid, row, keys, keys_low, seed, threshold, d, p,
             SOFTMAX, DROPOUT, SPLIT_KEYS, BLOCK_M, BLOCK_D, BLOCK_P,
@@ -220,25 +181,25 @@ def coefficients_kernel(
             weight *= tl.maximum(tl.max(signed, axis=1), 0.0) * keep_scale
         if NEED_PROMPTS:
             scaled = weight[:, None] * tl.where(signed <= 0, 0.0, signed)
-            _store(
+            store_tile(
                 prompt_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, scaled
             )  # fmt: skip
 
     product = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)  # T = G P^T
     overlap = tl.zeros([BLOCK_M], tl.float32)  # rows' sums of G H
     if NEED_SCORES or NEED_HIDDEN or NEED_SCALE:
-        grad_offsets = _row_offsets(row, rows_per_batch, grad_stride_batch, grad_stride_row, GRAD_FLAT)
-        hidden_offsets = _row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
+        grad_offsets = row_offsets(row, rows_per_batch, grad_stride_batch, grad_stride_row, GRAD_FLAT)
+        hidden_offsets = row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
         for start in tl.range(0, d, BLOCK_D):
             lane = start + tl.arange(0, BLOCK_D)
-            g = _load(grad, grad_offsets, lane, valid, lane < d)
+            g = load_tile(grad, grad_offsets, lane, valid, lane < d)
             if NEED_SCORES or NEED_SCALE:
-                product = _dot(g, _load(prompts, lane, column * d, lane < d, column < p), product)
+                product = dot(g, load_tile(prompts, lane, column * d, lane < d, column < p), product)
             g = g.to(tl.float32)
             if NEED_HIDDEN:
-                _store(grad_hidden + first_row * d, local_row * d, lane, valid, lane < d, scale * g)
+                store_tile(grad_hidden + first_row * d, local_row * d, lane, valid, lane < d, scale * g)
             if NEED_SCALE:
-                h = _load(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
+                h = load_tile(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
                 overlap += tl.sum(g * h, axis=1)
 
     if NEED_SCORES or NEED_SCALE:
@@ -249,7 +210,9 @@ def coefficients_kernel(
             tl.store(scale_partials + tl.program_id(0), tl.sum(scale * overlap + moment))
         if NEED_SCORES:
             grad_scores = pull - tl.abs(signed) * moment[:, None] if SOFTMAX else tl.where(signed > 0, product, 0.0)
-            _store(key_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, grad_scores)
+            store_tile(
+                key_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, grad_scores
+            )
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -263,9 +226,9 @@ def source_gradient_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in tl.range(0, p, BLOCK_P):
         column = start + tl.arange(0, BLOCK_P)
-        a = _load(key_coefficients, row * pitch, column, row < rows, column < pitch)
-        total = _coefficient_dot(a, _load(keys, column * d, lane, column < p, lane < d), total)
-    _store(grad_source, row * d, lane, row < rows, lane < d, total)
+        a = load_tile(key_coefficients, row * pitch, column, row < rows, column < pitch)
+        total = coefficient_dot(a, load_tile(keys, column * d, lane, column < p, lane < d), total)
+    store_tile(grad_source, row * d, lane, row < rows, lane < d, total)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -282,10 +245,10 @@ def weight_gradient_kernel(
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for start in tl.range(first, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        offsets = _row_offsets(row, rows_per_batch, stride_batch, stride_row, FLAT)
-        a = _load(coefficients, column, row * pitch, column < pitch, row < end)
-        total = _coefficient_dot(a, _load(tensor, offsets, lane, row < end, lane < d), total)
-    _store(splits + split * p * d, column * d, lane, column < p, lane < d, total)
+        offsets = row_offsets(row, rows_per_batch, stride_batch, stride_row, FLAT)
+        a = load_tile(coefficients, column, row * pitch, column < pitch, row < end)
+        total = coefficient_dot(a, load_tile(tensor, offsets, lane, row < end, lane < d), total)
+    store_tile(splits + split * p * d, column * d, lane, column < p, lane < d, total)
 
 
 @triton.jit
@@ -296,7 +259,7 @@ def sum_splits_kernel(output, splits, num_splits, size, BLOCK: tl.constexpr):
     for _ in tl.range(0, num_splits):
         total += tl.load(splits + element, mask=element < size, other=0.0)
         splits += size
-    tl.store(output + element, _round(total, output.dtype.element_ty), mask=element < size)
+    tl.store(output + element, round_to(total, output.dtype.element_ty), mask=element < size)
 
 
 @triton.jit
@@ -305,25 +268,16 @@ def round_weights_kernel(prompts_half, keys_half, keys_low, prompts, keys, size,
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
     dtype: tl.constexpr = keys_half.dtype.element_ty
-    tl.store(prompts_half + element, _round(tl.load(prompts + element, mask=inside), dtype), mask=inside)
+    tl.store(prompts_half + element, round_to(tl.load(prompts + element, mask=inside), dtype), mask=inside)
     key = tl.load(keys + element, mask=inside)
-    half = _round(key, dtype)
+    half = round_to(key, dtype)
     tl.store(keys_half + element, half, mask=inside)
-    tl.store(keys_low + element, _round(key - half.to(tl.float32), dtype), mask=inside)
+    tl.store(keys_low + element, round_to(key - half.to(tl.float32), dtype), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tiles, chosen by p and dtype, and never tuned by a length. Each compiles for every target without a spilled register
 # and within 99 KiB of shared memory, the least of any chip since Ampere; tests/test_aot.py holds them to that.
-
-
-class Tile(NamedTuple):
-    """How a program works: BLOCK_M rows, BLOCK_D of the width at a time, its warps (of 32), loads in flight."""
-
-    rows: int
-    width: int
-    num_warps: int
-    num_stages: int
 
 
 # By p rounded up to a power of two.
@@ -377,49 +331,8 @@ def product_prompts(num_prompts: int, dtype: torch.dtype) -> int:
     return min(padded_prompts(num_prompts), 64 if dtype != torch.float32 else 32)
 
 
-def coefficients_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the backward keeps R and dS in: float16's range is too small for them before they are scaled."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def launch_options(tile: Tile, hip: bool = torch.version.hip is not None) -> dict[str, int]:
-    """Triton's launch options; AMD's warps are twice as wide and its loads go no deeper than two."""
-    if hip:
-        return {"num_warps": tile.num_warps // 2, "num_stages": min(tile.num_stages, 2)}
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Launchers. Nothing here reads device memory or waits for the device, so CUDA graphs can capture it.
-
-
-class _Rows(NamedTuple):
-    """A [B, n, d] tensor as kernels take it: neighbouring elements in a row, any stride of rows and batches."""
-
-    tensor: Tensor | None
-    stride_batch: int
-    stride_row: int
-    flat: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor | None) -> "_Rows":
-        if tensor is None:
-            return cls(None, 0, 0, True)
-        batch, rows_per_batch, width = tensor.shape
-        if width > 1 and tensor.stride(2) != 1:
-            tensor = tensor.contiguous()
-        stride_batch, stride_row, _ = tensor.stride()
-        if rows_per_batch == 1:
-            return cls(tensor, 0, stride_batch, True)
-        return cls(tensor, stride_batch, stride_row, batch == 1 or stride_batch == rows_per_batch * stride_row)
-
-    def strides(self, name: str) -> dict[str, int | bool]:
-        """Kernel arguments."""
-        return {
-            f"{name}_stride_batch": self.stride_batch,
-            f"{name}_stride_row": self.stride_row,
-            f"{name.upper()}_FLAT": self.flat,
-        }
 
 
 class _Weights(NamedTuple):
@@ -443,7 +356,7 @@ class _Weights(NamedTuple):
 class _Plan(NamedTuple):
     """What the forward and the backward of one call share."""
 
-    source: _Rows
+    source: Rows
     weights: _Weights
     rows: int
     rows_per_batch: int
@@ -460,10 +373,10 @@ class _Plan(NamedTuple):
         batch, rows_per_batch, width = source.shape
         rows, num_prompts = batch * rows_per_batch, prompts.shape[0]
         tile = row_tile(num_prompts, source.dtype)
-        if triton.cdiv(rows, tile.rows) < _multiprocessors(source.device):
+        if triton.cdiv(rows, tile.rows) < multiprocessors(source.device):
             tile = narrow(tile)
         weights = _Weights.of(prompts, keys, source.dtype)
-        rows_of_source = _Rows.of(source)
+        rows_of_source = Rows.of(source)
         arguments = {
             "source": rows_of_source.tensor,
             **rows_of_source.strides("source"),
@@ -471,16 +384,13 @@ class _Plan(NamedTuple):
             "keys": weights.keys,
             "keys_low": weights.keys_low,
             "log_scale": log_scale,
-            "seed": seed,
-            "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
-            "keep_scale": 1 / (1 - dropout_p),
+            **dropout_arguments(seed, dropout_p),
             "rows": rows,
             "rows_per_batch": rows_per_batch,
             "d": width,
             "p": num_prompts,
             "SOFTMAX": activation == "softmax",
             "MAX_WEIGHT": row_weight == "max",
-            "DROPOUT": dropout_p > 0,
             "SPLIT_KEYS": weights.keys_low is not None,
             "BLOCK_M": tile.rows,
             "BLOCK_D": tile.width,
@@ -500,9 +410,9 @@ def prompt_diffusion(
     hidden and source are [B, n, d] of any strides, not empty; log_scale (float32) and seed (int64) are scalars on
     their device. Returns [B, n, d], contiguous, dtype of ``hidden``.
     """
-    with _device_guard(source.device):
+    with device_guard(source.device):
         plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
-        rows_of_hidden = _Rows.of(hidden)
+        rows_of_hidden = Rows.of(hidden)
         output = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         forward_kernel[plan.grid](
             output=output, hidden=rows_of_hidden.tensor, **rows_of_hidden.strides("hidden"), **plan.arguments
@@ -519,9 +429,9 @@ def prompt_diffusion_backward(
     grad is [B, n, d] of any strides; hidden may be None where log_scale's gradient is not needed.
     """
     need_hidden, need_source, need_prompts, need_keys, need_scale = needs
-    with _device_guard(source.device):
+    with device_guard(source.device):
         plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
-        rows_of_grad, rows_of_hidden = _Rows.of(grad), _Rows.of(hidden if need_scale else None)
+        rows_of_grad, rows_of_hidden = Rows.of(grad), Rows.of(hidden if need_scale else None)
         pitch = 16 * triton.cdiv(plan.num_prompts, 16)  # keeps rows of the coefficients aligned for wide loads
 
         def empty(needed: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
@@ -563,12 +473,12 @@ def _source_gradient(key_coefficients: Tensor, plan: _Plan) -> Tensor:
     return output
 
 
-def _weight_gradient(coefficients: Tensor, rows: _Rows, plan: _Plan, dtype: torch.dtype) -> Tensor:
+def _weight_gradient(coefficients: Tensor, rows: Rows, plan: _Plan, dtype: torch.dtype) -> Tensor:
     """``coefficients.T @ rows``, [p, d] in ``dtype``; split over rows until every multiprocessor has two programs."""
     p, d = plan.num_prompts, plan.width
     tile, block_p = product_tile(rows.tensor.dtype), product_prompts(p, rows.tensor.dtype)
     tiles = triton.cdiv(p, block_p), triton.cdiv(d, tile.width)
-    wanted = triton.cdiv(2 * _multiprocessors(coefficients.device), tiles[0] * tiles[1])
+    wanted = triton.cdiv(2 * multiprocessors(coefficients.device), tiles[0] * tiles[1])
     rows_per_split = max(_SPLIT_ROWS, triton.cdiv(triton.cdiv(plan.rows, wanted), tile.rows) * tile.rows)
     num_splits = triton.cdiv(plan.rows, rows_per_split)
     output = torch.empty((p, d), dtype=dtype, device=coefficients.device)
@@ -583,14 +493,3 @@ def _weight_gradient(coefficients: Tensor, rows: _Rows, plan: _Plan, dtype: torc
     if num_splits > 1:
         sum_splits_kernel[(triton.cdiv(p * d, _ELEMENTS),)](output, splits, num_splits, p * d, BLOCK=_ELEMENTS)
     return output
-
-
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device's current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """How many programs a device runs side by side; a few for the interpreter, so that it takes the same paths."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
