@@ -38,10 +38,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
 BINDINGS = ("csrc/bind.cpp", "csrc/cpu/isa.cpp")
-KERNELS = ("csrc/cpu/prompt_diffusion.cpp",)
+KERNELS = ("csrc/cpu/prompt_diffusion.cpp", "csrc/cpu/prompt_compress.cpp")
 
 CUDA_BINDINGS = ("csrc/bind_cuda.cpp",)
-CUDA_KERNELS = ("csrc/cuda/prompt_diffusion.cu",)
+CUDA_KERNELS = ("csrc/cuda/prompt_diffusion.cu", "csrc/cuda/prompt_compress.cu")
 CUDA_ELEMENTS = ("float32", "bfloat16", "float16")
 CUDA_CHIPS = ("80", "90", "100")  # the newest one's PTX as well, which later chips compile for themselves
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v"

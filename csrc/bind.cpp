@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
+#include "cpu/prompt_compress.h"
 #include "cpu/prompt_diffusion.h"
 
 namespace fast_prompt {
@@ -31,6 +33,7 @@ cpu::Rows rows_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const size_t rank = sizes.size();
   char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  if (rank == 1) return {data, dtype_of(tensor), 1, 0, 0};
   return {data, dtype_of(tensor), sizes[rank - 2], rank == 3 ? strides[0] : 0, strides[rank - 2]};
 }
 
@@ -38,16 +41,57 @@ Tensor contiguous_like(const Tensor& tensor) {
   return torch::stable::empty(tensor.sizes(), tensor.scalar_type());
 }
 
+template <class Problem>
+void set_dropout(Problem& problem, const std::optional<Tensor>& seed, double dropout_p) {
+  problem.dropout = dropout_p > 0;
+  if (!problem.dropout) return;
+  problem.dropout_threshold = dropout_threshold(dropout_p);
+  problem.kept_scale = kept_scale(dropout_p);
+  problem.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+}
+
+// The gradients that are needed, in the order they were asked for.
+struct Results {
+  std::vector<Tensor> tensors;
+
+  cpu::Rows like(const Tensor& tensor, bool needed) {
+    if (!needed) return {};
+    tensors.push_back(contiguous_like(tensor));
+    return rows_of(tensors.back());
+  }
+};
+
 // ---- Memory and threads for one call ----
 
-struct Workspace {
+// Carved from one block where a call takes no more than the thread's last one: of several blocks freed together glibc
+// gives the memory back to the system, which would clear every page of it again for the next call.
+class Workspace {
+  static inline thread_local int64_t expected = 0;
   std::vector<Tensor> blocks;
+  char* free = nullptr;
+  int64_t left = 0, taken = 0;
+
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  ~Workspace() { expected = taken; }
 
   static void* allocate(void* self, int64_t bytes) {
-    const int64_t sizes[] = {bytes};
-    auto& blocks = static_cast<Workspace*>(self)->blocks;
-    blocks.push_back(torch::stable::empty({sizes, 1}, ScalarType::Byte));
-    return blocks.back().data_ptr();
+    return static_cast<Workspace*>(self)->take((bytes + 63) / 64 * 64);
+  }
+
+ private:
+  void* take(int64_t bytes) {
+    if (bytes > left) {
+      left = std::max(bytes, expected - taken);
+      blocks.push_back(torch::stable::empty({&left, 1}, ScalarType::Byte));
+      free = static_cast<char*>(blocks.back().data_ptr());
+    }
+    void* const start = free;
+    free += bytes;
+    left -= bytes;
+    taken += bytes;
+    return start;
   }
 };
 
@@ -77,12 +121,7 @@ cpu::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidde
   problem.scale = std::exp(*log_scale.const_data_ptr<float>());
   problem.softmax = activation == "softmax";
   problem.max_weight = row_weight == "max";
-  if (dropout_p > 0) {
-    problem.dropout = true;
-    problem.dropout_threshold = dropout_threshold(dropout_p);
-    problem.kept_scale = kept_scale(dropout_p);
-    problem.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  }
+  set_dropout(problem, seed, dropout_p);
   return problem;
 }
 
@@ -109,25 +148,103 @@ std::vector<Tensor> prompt_diffusion_backward(Tensor grad, std::optional<Tensor>
   STD_TORCH_CHECK(hidden || !needs_log_scale, "hidden: needed for the gradient of log_scale");
   check_activations(grad, "grad", source);
 
-  std::vector<Tensor> results;
-  const auto result_like = [&results](const Tensor& tensor, bool needed) {
-    if (!needed) return cpu::Rows{};
-    results.push_back(contiguous_like(tensor));
-    return rows_of(results.back());
-  };
+  Results results;
   cpu::PromptDiffusionGradients gradients{};
   gradients.grad = rows_of(grad);
-  gradients.hidden = result_like(source, needs_hidden);
-  gradients.source = result_like(source, needs_source);
-  gradients.prompts = result_like(prompts, needs_prompts);
-  gradients.keys = result_like(keys, needs_keys);
+  gradients.hidden = results.like(source, needs_hidden);
+  gradients.source = results.like(source, needs_source);
+  gradients.prompts = results.like(prompts, needs_prompts);
+  gradients.keys = results.like(keys, needs_keys);
   if (needs_log_scale) {
-    results.push_back(contiguous_like(log_scale));
-    gradients.log_scale = results.back().mutable_data_ptr<float>();
+    results.tensors.push_back(contiguous_like(log_scale));
+    gradients.log_scale = results.tensors.back().mutable_data_ptr<float>();
   }
   Workspace workspace;
   cpu::level().prompt_diffusion.backward(problem, gradients, runtime(workspace));
+  return results.tensors;
+}
+
+// ---- prompt_compress ----
+
+cpu::PromptCompress prompt_compress_problem(const Tensor& query, const Tensor& visual, const Tensor& key_weight,
+                                            const Tensor& value_weight, const std::optional<Tensor>& value_bias,
+                                            const std::optional<Tensor>& key_padding_mask,
+                                            const std::optional<Tensor>& seed, int64_t num_heads, double dropout_p) {
+  check_prompt_compress(query, visual, key_weight, value_weight, value_bias, key_padding_mask, seed, num_heads,
+                        dropout_p);
+  cpu::PromptCompress problem{};
+  problem.batch = query.sizes()[0];
+  problem.queries = query.sizes()[1];
+  problem.tokens = visual.sizes()[1];
+  problem.heads = num_heads;
+  problem.head_width = query.sizes()[2] / num_heads;
+  problem.token_width = visual.sizes()[2];
+  problem.query = rows_of(query);
+  problem.visual = rows_of(visual);
+  problem.key_weight = rows_of(key_weight);
+  problem.value_weight = rows_of(value_weight);
+  if (value_bias) problem.value_bias = rows_of(*value_bias);
+  if (key_padding_mask) {
+    problem.padding = key_padding_mask->const_data_ptr<bool>();
+    problem.padding_strides[0] = key_padding_mask->strides()[0];
+    problem.padding_strides[1] = key_padding_mask->strides()[1];
+  }
+  set_dropout(problem, seed, dropout_p);
+  return problem;
+}
+
+// The output, the logarithms of the sums of exponentials, then what is to be kept besides.
+std::vector<Tensor> prompt_compress(Tensor query, Tensor visual, Tensor key_weight, Tensor value_weight,
+                                    std::optional<Tensor> value_bias, std::optional<Tensor> key_padding_mask,
+                                    std::optional<Tensor> seed, int64_t num_heads, double dropout_p,
+                                    bool keep_probabilities, bool keep_attended) {
+  const auto problem = prompt_compress_problem(query, visual, key_weight, value_weight, value_bias, key_padding_mask,
+                                               seed, num_heads, dropout_p);
+  std::vector<Tensor> results{contiguous_like(query)};
+  const auto by_row = [&](bool wanted, std::vector<int64_t> last) -> float* {
+    if (!wanted) return nullptr;
+    std::vector<int64_t> sizes{problem.batch, problem.heads, problem.queries};
+    sizes.insert(sizes.end(), last.begin(), last.end());
+    results.push_back(torch::stable::empty(sizes, ScalarType::Float));
+    return results.back().mutable_data_ptr<float>();
+  };
+  const cpu::PromptCompressKept kept{by_row(true, {}), by_row(keep_probabilities, {problem.tokens}),
+                                     by_row(keep_attended, {problem.token_width})};
+  Workspace workspace;
+  cpu::level().prompt_compress.forward(problem, kept, rows_of(results[0]), runtime(workspace));
   return results;
+}
+
+// The gradients that are needed, in the order of the flags.
+std::vector<Tensor> prompt_compress_backward(Tensor grad, Tensor query, Tensor visual, Tensor key_weight,
+                                             Tensor value_weight, std::optional<Tensor> value_bias,
+                                             std::optional<Tensor> key_padding_mask, std::optional<Tensor> seed,
+                                             int64_t num_heads, double dropout_p, Tensor logsumexp,
+                                             std::optional<Tensor> probabilities, std::optional<Tensor> attended,
+                                             bool needs_query, bool needs_visual, bool needs_key_weight,
+                                             bool needs_value_weight, bool needs_value_bias) {
+  const auto problem = prompt_compress_problem(query, visual, key_weight, value_weight, value_bias, key_padding_mask,
+                                               seed, num_heads, dropout_p);
+  check_activations(grad, "grad", query);
+  STD_TORCH_CHECK(value_bias || !needs_value_bias, "value_bias: needed for its gradient");
+  check_kept(logsumexp, "logsumexp", query, num_heads, std::nullopt);
+  if (probabilities) check_kept(*probabilities, "probabilities", query, num_heads, problem.tokens);
+  if (attended) check_kept(*attended, "attended", query, num_heads, problem.token_width);
+  const auto floats = [](const std::optional<Tensor>& tensor) {
+    return tensor ? const_cast<float*>(tensor->const_data_ptr<float>()) : nullptr;
+  };
+  Results results;
+  cpu::PromptCompressGradients gradients{};
+  gradients.grad = rows_of(grad);
+  gradients.query = results.like(query, needs_query);
+  gradients.visual = results.like(visual, needs_visual);
+  gradients.key_weight = results.like(key_weight, needs_key_weight);
+  gradients.value_weight = results.like(value_weight, needs_value_weight);
+  if (needs_value_bias) gradients.value_bias = results.like(*value_bias, true);
+  Workspace workspace;
+  cpu::level().prompt_compress.backward(problem, {floats(logsumexp), floats(probabilities), floats(attended)},
+                                        gradients, runtime(workspace));
+  return results.tensors;
 }
 
 // ---- Instruction sets ----
@@ -151,6 +268,15 @@ STABLE_TORCH_LIBRARY(fast_prompt_native, m) {
       "prompt_diffusion_backward(Tensor grad, Tensor? hidden, Tensor source, Tensor prompts, Tensor keys, "
       "Tensor log_scale, Tensor? seed, str activation, str row_weight, float dropout_p, bool needs_hidden, "
       "bool needs_source, bool needs_prompts, bool needs_keys, bool needs_log_scale) -> Tensor[]");
+  m.def(
+      "prompt_compress(Tensor query, Tensor visual, Tensor key_weight, Tensor value_weight, Tensor? value_bias, "
+      "Tensor? key_padding_mask, Tensor? seed, int num_heads, float dropout_p, bool keep_probabilities, "
+      "bool keep_attended) -> Tensor[]");
+  m.def(
+      "prompt_compress_backward(Tensor grad, Tensor query, Tensor visual, Tensor key_weight, Tensor value_weight, "
+      "Tensor? value_bias, Tensor? key_padding_mask, Tensor? seed, int num_heads, float dropout_p, "
+      "Tensor logsumexp, Tensor? probabilities, Tensor? attended, bool needs_query, bool needs_visual, "
+      "bool needs_key_weight, bool needs_value_weight, bool needs_value_bias) -> Tensor[]");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_levels() -> str");
   m.def("select_cpu_isa(str name) -> ()");
@@ -159,6 +285,8 @@ STABLE_TORCH_LIBRARY(fast_prompt_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CPU, m) {
   m.impl("prompt_diffusion", TORCH_BOX(&fast_prompt::prompt_diffusion));
   m.impl("prompt_diffusion_backward", TORCH_BOX(&fast_prompt::prompt_diffusion_backward));
+  m.impl("prompt_compress", TORCH_BOX(&fast_prompt::prompt_compress));
+  m.impl("prompt_compress_backward", TORCH_BOX(&fast_prompt::prompt_compress_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CompositeExplicitAutograd, m) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "bind.h"
+#include "cuda/prompt_compress.h"
 #include "cuda/prompt_diffusion.h"
 
 // A CPU torch does not have it.
@@ -49,17 +50,53 @@ cuda::Rows rows_of(const Tensor& tensor) {
   return rows;
 }
 
-const cuda::PromptDiffusionKernels& kernels(const Tensor& activations) {
+template <class Kernels>
+const Kernels& of_type(const Tensor& activations, const Kernels& float32, const Kernels& bfloat16,
+                       const Kernels& float16) {
   switch (activations.scalar_type()) {
-    case ScalarType::BFloat16: return cuda::bfloat16::prompt_diffusion;
-    case ScalarType::Half: return cuda::float16::prompt_diffusion;
-    default: return cuda::float32::prompt_diffusion;
+    case ScalarType::BFloat16: return bfloat16;
+    case ScalarType::Half: return float16;
+    default: return float32;
   }
 }
 
-cuda::PromptDiffusion describe(const std::optional<Tensor>& hidden, const Tensor& source, const Tensor& prompts,
-                               const Tensor& keys, const Tensor& log_scale, const std::optional<Tensor>& seed,
-                               const std::string& activation, const std::string& row_weight, double dropout_p) {
+template <class Problem>
+void set_dropout(Problem& problem, const std::optional<Tensor>& seed, double dropout_p) {
+  problem.kept_scale = 1;
+  if (dropout_p == 0) return;
+  problem.seed = seed->const_data_ptr<int64_t>();
+  problem.dropout_threshold = dropout_threshold(dropout_p);
+  problem.kept_scale = kept_scale(dropout_p);
+}
+
+Tensor contiguous_like(const Tensor& tensor) {
+  return torch::stable::empty(tensor.sizes(), tensor.scalar_type(), std::nullopt, tensor.device());
+}
+
+// The gradients that are needed, in the order they were asked for.
+struct Results {
+  std::vector<Tensor> tensors;
+
+  void* like(const Tensor& tensor, bool needed) {
+    if (!needed) return nullptr;
+    tensors.push_back(contiguous_like(tensor));
+    return tensors.back().data_ptr();
+  }
+};
+
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
+
+// ---- prompt_diffusion ----
+
+const cuda::PromptDiffusionKernels& prompt_diffusion_kernels(const Tensor& activations) {
+  return of_type(activations, cuda::float32::prompt_diffusion, cuda::bfloat16::prompt_diffusion,
+                 cuda::float16::prompt_diffusion);
+}
+
+cuda::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidden, const Tensor& source,
+                                               const Tensor& prompts, const Tensor& keys, const Tensor& log_scale,
+                                               const std::optional<Tensor>& seed, const std::string& activation,
+                                               const std::string& row_weight, double dropout_p) {
   check_prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p);
   STD_TORCH_CHECK(prompts.scalar_type() == source.scalar_type() || prompts.scalar_type() == ScalarType::Float,
                   "prompts: expected the dtype of source, or float32");
@@ -75,28 +112,18 @@ cuda::PromptDiffusion describe(const std::optional<Tensor>& hidden, const Tensor
   problem.log_scale = log_scale.const_data_ptr<float>();
   problem.softmax = activation == "softmax";
   problem.max_weight = row_weight == "max";
-  problem.kept_scale = 1;
-  if (dropout_p > 0) {
-    problem.seed = seed->const_data_ptr<int64_t>();
-    problem.dropout_threshold = dropout_threshold(dropout_p);
-    problem.kept_scale = kept_scale(dropout_p);
-  }
+  set_dropout(problem, seed, dropout_p);
   return problem;
 }
-
-Tensor contiguous_like(const Tensor& tensor) {
-  return torch::stable::empty(tensor.sizes(), tensor.scalar_type(), std::nullopt, tensor.device());
-}
-
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
 
 Tensor prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor keys, Tensor log_scale,
                         std::optional<Tensor> seed, std::string activation, std::string row_weight,
                         double dropout_p) {
-  const auto problem = describe(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p);
+  const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
+                                                row_weight, dropout_p);
   Launch launch(source);
   Tensor output = contiguous_like(source);
-  check(kernels(source).forward(problem, output.data_ptr(), launch.runtime()));
+  check(prompt_diffusion_kernels(source).forward(problem, output.data_ptr(), launch.runtime()));
   return output;
 }
 
@@ -107,26 +134,111 @@ std::vector<Tensor> prompt_diffusion_backward(Tensor grad, std::optional<Tensor>
                                               std::string row_weight, double dropout_p, bool needs_hidden,
                                               bool needs_source, bool needs_prompts, bool needs_keys,
                                               bool needs_log_scale) {
-  const auto problem = describe(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p);
+  const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
+                                                row_weight, dropout_p);
   STD_TORCH_CHECK(hidden || !needs_log_scale, "hidden: needed for the gradient of log_scale");
   check_activations(grad, "grad", source);
 
   Launch launch(source);
-  std::vector<Tensor> results;
-  const auto result_like = [&results](const Tensor& tensor, bool needed) -> void* {
-    if (!needed) return nullptr;
-    results.push_back(contiguous_like(tensor));
-    return results.back().data_ptr();
-  };
+  Results results;
   cuda::PromptDiffusionGradients gradients{};
   gradients.grad = rows_of(grad);
-  gradients.hidden = result_like(source, needs_hidden);
-  gradients.source = result_like(source, needs_source);
-  gradients.prompts = result_like(prompts, needs_prompts);
-  gradients.keys = result_like(keys, needs_keys);
-  gradients.log_scale = static_cast<float*>(result_like(log_scale, needs_log_scale));
-  if (!results.empty()) check(kernels(source).backward(problem, gradients, launch.runtime()));
+  gradients.hidden = results.like(source, needs_hidden);
+  gradients.source = results.like(source, needs_source);
+  gradients.prompts = results.like(prompts, needs_prompts);
+  gradients.keys = results.like(keys, needs_keys);
+  gradients.log_scale = static_cast<float*>(results.like(log_scale, needs_log_scale));
+  if (!results.tensors.empty())
+    check(prompt_diffusion_kernels(source).backward(problem, gradients, launch.runtime()));
+  return results.tensors;
+}
+
+// ---- prompt_compress ----
+
+const cuda::PromptCompressKernels& prompt_compress_kernels(const Tensor& activations) {
+  return of_type(activations, cuda::float32::prompt_compress, cuda::bfloat16::prompt_compress,
+                 cuda::float16::prompt_compress);
+}
+
+cuda::PromptCompress prompt_compress_problem(const Tensor& query, const Tensor& visual, const Tensor& key_weight,
+                                             const Tensor& value_weight, const std::optional<Tensor>& value_bias,
+                                             const std::optional<Tensor>& key_padding_mask,
+                                             const std::optional<Tensor>& seed, int64_t num_heads, double dropout_p) {
+  check_prompt_compress(query, visual, key_weight, value_weight, value_bias, key_padding_mask, seed, num_heads,
+                        dropout_p);
+  cuda::PromptCompress problem{};
+  problem.batch = query.sizes()[0];
+  problem.queries = query.sizes()[1];
+  problem.tokens = visual.sizes()[1];
+  problem.heads = num_heads;
+  problem.head_width = query.sizes()[2] / num_heads;
+  problem.visual_width = visual.sizes()[2];
+  problem.query = rows_of(query);
+  problem.visual = rows_of(visual);
+  problem.key_weight = rows_of(key_weight);
+  problem.value_weight = rows_of(value_weight);
+  if (value_bias) problem.value_bias = value_bias->const_data_ptr();
+  problem.float_weights = key_weight.scalar_type() == ScalarType::Float;
+  if (key_padding_mask)
+    problem.padding = {key_padding_mask->const_data_ptr<bool>(), key_padding_mask->strides()[0],
+                       key_padding_mask->strides()[1]};
+  set_dropout(problem, seed, dropout_p);
+  return problem;
+}
+
+// The output, the logarithms of the sums of exponentials, then what is to be kept besides.
+std::vector<Tensor> prompt_compress(Tensor query, Tensor visual, Tensor key_weight, Tensor value_weight,
+                                    std::optional<Tensor> value_bias, std::optional<Tensor> key_padding_mask,
+                                    std::optional<Tensor> seed, int64_t num_heads, double dropout_p,
+                                    bool keep_probabilities, bool keep_attended) {
+  const auto problem = prompt_compress_problem(query, visual, key_weight, value_weight, value_bias, key_padding_mask,
+                                               seed, num_heads, dropout_p);
+  Launch launch(query);
+  std::vector<Tensor> results{contiguous_like(query)};
+  const auto by_row = [&](bool wanted, std::vector<int64_t> last) -> float* {
+    if (!wanted) return nullptr;
+    std::vector<int64_t> sizes{problem.batch, problem.heads, problem.queries};
+    sizes.insert(sizes.end(), last.begin(), last.end());
+    results.push_back(torch::stable::empty(sizes, ScalarType::Float, std::nullopt, query.device()));
+    return results.back().mutable_data_ptr<float>();
+  };
+  const cuda::PromptCompressResults wanted{results[0].data_ptr(), by_row(true, {}),
+                                           by_row(keep_probabilities, {problem.tokens}),
+                                           by_row(keep_attended, {problem.visual_width})};
+  check(prompt_compress_kernels(query).forward(problem, wanted, launch.runtime()));
   return results;
+}
+
+// The gradients that are needed, in the order of the flags.
+std::vector<Tensor> prompt_compress_backward(Tensor grad, Tensor query, Tensor visual, Tensor key_weight,
+                                             Tensor value_weight, std::optional<Tensor> value_bias,
+                                             std::optional<Tensor> key_padding_mask, std::optional<Tensor> seed,
+                                             int64_t num_heads, double dropout_p, Tensor logsumexp,
+                                             std::optional<Tensor> probabilities, std::optional<Tensor> attended,
+                                             bool needs_query, bool needs_visual, bool needs_key_weight,
+                                             bool needs_value_weight, bool needs_value_bias) {
+  const auto problem = prompt_compress_problem(query, visual, key_weight, value_weight, value_bias, key_padding_mask,
+                                               seed, num_heads, dropout_p);
+  check_activations(grad, "grad", query);
+  STD_TORCH_CHECK(value_bias || !needs_value_bias, "value_bias: needed for its gradient");
+  check_kept(logsumexp, "logsumexp", query, num_heads, std::nullopt);
+  if (probabilities) check_kept(*probabilities, "probabilities", query, num_heads, problem.tokens);
+  if (attended) check_kept(*attended, "attended", query, num_heads, problem.visual_width);
+
+  Launch launch(query);
+  Results results;
+  cuda::PromptCompressGradients gradients{};
+  gradients.grad = rows_of(grad);
+  if (probabilities) gradients.probabilities = probabilities->const_data_ptr<float>();
+  if (attended) gradients.attended = attended->const_data_ptr<float>();
+  gradients.query = results.like(query, needs_query);
+  gradients.visual = results.like(visual, needs_visual);
+  gradients.key_weight = results.like(key_weight, needs_key_weight);
+  gradients.value_weight = results.like(value_weight, needs_value_weight);
+  if (needs_value_bias) gradients.value_bias = results.like(*value_bias, true);
+  if (!results.tensors.empty())
+    check(prompt_compress_kernels(query).backward(problem, gradients, launch.runtime()));
+  return results.tensors;
 }
 
 }  // namespace
@@ -135,4 +247,6 @@ std::vector<Tensor> prompt_diffusion_backward(Tensor grad, std::optional<Tensor>
 STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CUDA, m) {
   m.impl("prompt_diffusion", TORCH_BOX(&fast_prompt::prompt_diffusion));
   m.impl("prompt_diffusion_backward", TORCH_BOX(&fast_prompt::prompt_diffusion_backward));
+  m.impl("prompt_compress", TORCH_BOX(&fast_prompt::prompt_compress));
+  m.impl("prompt_compress_backward", TORCH_BOX(&fast_prompt::prompt_compress_backward));
 }

@@ -125,7 +125,9 @@ def test_little_shared_memory(kernels, prompts, dtype):
     assert_matches(kernels, *make_inputs(1, 50, 48, prompts, dtype), *settings("softmax"))
 
 
-BUDGETS = json.loads((Path(__file__).parent / "nvcc_budgets.json").read_text())["shared_memory"]
+BUDGETS = json.loads((Path(__file__).parent / "kernel_budgets.json").read_text())["prompt_diffusion"]["cuda"][
+    "shared_memory"
+]
 
 
 @pytest.mark.parametrize("case", BUDGETS)

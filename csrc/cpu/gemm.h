@@ -24,9 +24,10 @@ inline int64_t packed_columns(int64_t n) { return round_up(n, LANES); }
 // A row stride, in words, that lies an odd number of cache lines apart: rows then spread over all cache sets.
 inline int64_t spread_stride(int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
 
-// How products are formed: DEPTH elements per word; rounded(x) is x as a word holds it; put() writes a register
-// of elements at an element's place in an array of words.
+// How products are formed: DEPTH elements per word, stored as Storage; rounded(x) is x as a word holds it; put() writes
+// a register of elements at an element's place in an array of words.
 struct Fp32 {
+  typedef Float32 Storage;
   static constexpr int DEPTH = 1;
   static Floats rounded(Floats value) { return value; }
   static void put(float* words, int64_t element, Floats value) { store(words + element, value); }
@@ -35,12 +36,13 @@ struct Fp32 {
 
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
+  typedef BFloat16 Storage;
   static constexpr int DEPTH = 2;
   static Floats rounded(Floats value) {
-    return (Floats)(__builtin_convertvector(BFloat16::round(value), Words) << 16);
+    return (Floats)(__builtin_convertvector(BFloat16::as_stored(value), Words) << 16);
   }
   static void put(float* words, int64_t element, Floats value) {
-    BFloat16::store((uint16_t*)words + element, value);
+    store_as((uint16_t*)words + element, BFloat16::as_stored(value));
   }
   static Floats multiply_add(Floats sum, Floats a, Floats b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -140,6 +142,23 @@ void multiply(const Product& p) {
     multiply_panel<Dot, layout>(p, column, p.b + column * p.depth);
 }
 
+// A B a register block at a time, with no C: finish(row, rows, column, columns, sums) gets each block's sums
+// [rows, PANEL] at its place in C while they are in the nearest cache.
+template <class Dot, class Finish>
+void multiply_blocks(const Product& p, const Finish& finish) {
+  alignas(64) float sums[BLOCK_ROWS * PANEL];
+  for (int64_t column = 0; column < p.columns; column += PANEL) {
+    const int64_t columns = smaller(PANEL, p.columns - column);
+    for (int64_t row = 0; row < p.rows; row += BLOCK_ROWS) {
+      const int64_t rows = smaller(BLOCK_ROWS, p.rows - row);
+      const float* a = p.a + row * p.a_stride;
+      multiply_panel<Dot, Layout::ROWS>({rows, columns, p.depth, a, p.a_stride, nullptr, sums, PANEL, false, {}}, 0,
+                                        p.b + column * p.depth);
+      finish(row, rows, column, columns, sums);
+    }
+  }
+}
+
 // ---- Rows in, words out ----
 
 enum class Part { WHOLE, RESIDUAL };  // a number as a word holds it, or what that loses
@@ -200,8 +219,7 @@ void pack(const Rows& w, int64_t n, int64_t column, int64_t columns, int64_t wid
         stage<Dot>(w.dtype, at(w, row, column + start), elements, (float*)low);
         if (row + 1 < n) stage<Dot>(w.dtype, at(w, row + 1, column + start), elements, (float*)high);
         for (int64_t c = 0; c < round_up(elements, LANES); c += LANES) {
-          const Words pairs = __builtin_convertvector(load_as<Halves>(low + c), Words) |
-                              __builtin_convertvector(load_as<Halves>(high + c), Words) << 16;
+          const Words pairs = widened(load_as<Halves>(low + c)) | widened(load_as<Halves>(high + c)) << 16;
           store_as(target + start + c, pairs);
         }
       }

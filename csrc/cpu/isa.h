@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "prompt_compress.h"
 #include "prompt_diffusion.h"
 
 namespace fast_prompt::cpu {
@@ -14,6 +15,7 @@ struct Level {
   std::string_view name;
   bool (*supported)();
   const PromptDiffusionKernels& prompt_diffusion;
+  const PromptCompressKernels& prompt_compress;
 };
 
 // The level in use: the best there is, unless the environment variable FAST_PROMPT_CPU_ISA or select() names one.

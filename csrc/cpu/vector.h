@@ -87,21 +87,58 @@ inline Floats exp_of_nonpositive(Floats x) {
   return x < -87.0f ? Floats{} : result;
 }
 
-// ---- The three ways a number is stored. Arithmetic is always in Floats. ----
+inline Words widened(Halves values) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)values);  // GCC 12 makes six instructions of the line below
+#else
+  return __builtin_convertvector(values, Words);
+#endif
+}
+
+// ---- Stores past the cache: nothing is read first, nothing evicted. The target must be aligned to the value. ----
+
+inline void stream_as(void* target, Floats value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps((float*)target, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps((float*)target, (__m256)value);
+#else
+  store_as(target, value);
+#endif
+}
+
+inline void stream_as(void* target, Halves value) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)target, (__m256i)value);
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)target, (__m128i)value);
+#else
+  store_as(target, value);
+#endif
+}
+
+// Makes this thread's streamed stores visible to others, as every plain store is.
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- The three ways a number is stored: load, and as_stored, which rounds. Arithmetic is always in Floats. ----
 
 struct Float32 {
   typedef float Element;
+  static constexpr Dtype DTYPE = Dtype::FLOAT32;
   static Floats load(const void* source) { return load_as<Floats>(source); }
-  static void store(void* target, Floats value) { store_as(target, value); }
+  static Floats as_stored(Floats value) { return value; }
 };
 
 struct BFloat16 {
   typedef uint16_t Element;
-  static Floats load(const void* source) {
-    return (Floats)(__builtin_convertvector(load_as<Halves>(source), Words) << 16);
-  }
+  static constexpr Dtype DTYPE = Dtype::BFLOAT16;
+  static Floats load(const void* source) { return (Floats)(widened(load_as<Halves>(source)) << 16); }
   // Rounds to nearest even; NaN stays NaN.
-  static Halves round(Floats value) {
+  static Halves as_stored(Floats value) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh((__m512)value);
 #else
@@ -111,21 +148,17 @@ struct BFloat16 {
     return __builtin_convertvector((value == value ? rounded : quiet) >> 16, Halves);
 #endif
   }
-  static void store(void* target, Floats value) { store_as(target, round(value)); }
 };
 
 struct Float16 {
   typedef uint16_t Element;
+  static constexpr Dtype DTYPE = Dtype::FLOAT16;
 #if defined(__AVX512F__)
   static Floats load(const void* source) { return (Floats)_mm512_cvtph_ps(load_as<__m256i>(source)); }
-  static void store(void* target, Floats value) {
-    store_as(target, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static Halves as_stored(Floats value) { return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
   static Floats load(const void* source) { return (Floats)_mm256_cvtph_ps(load_as<__m128i>(source)); }
-  static void store(void* target, Floats value) {
-    store_as(target, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static Halves as_stored(Floats value) { return (Halves)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
 #else
   // Multiplying by 2^112 moves the exponent's bias from 15 to 127, subnormals included.
   static Floats load(const void* source) {
@@ -136,7 +169,7 @@ struct Float16 {
     return (Floats)(value | (bits & 0x8000) << 16);
   }
   // Normal results round by integer arithmetic; adding 0.5 lines subnormal results up with bit 0.
-  static void store(void* target, Floats value) {
+  static Halves as_stored(Floats value) {
     const Words bits = (Words)value;
     const Words magnitude = bits & 0x7FFFFFFF;
     const Words normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
@@ -144,7 +177,7 @@ struct Float16 {
     const Words not_a_number = magnitude > 0x7F800000 ? Words{} + 0x7E00 : Words{} + 0x7C00;
     Words half = magnitude < (113u << 23) ? subnormal : normal;
     half = magnitude >= 0x477FF000 ? not_a_number : half;  // from 65520 up: infinity, or NaN
-    store_as(target, __builtin_convertvector(half | (bits >> 16 & 0x8000), Halves));
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000), Halves);
   }
 #endif
 };
@@ -176,8 +209,28 @@ inline Floats load_some(const void* source, int64_t count) {
 template <class Storage>
 inline void store_some(void* target, Floats value, int64_t count) {
   typename Storage::Element buffer[LANES];
-  Storage::store(buffer, value);
+  store_as(buffer, Storage::as_stored(value));
   memcpy(target, buffer, count * sizeof buffer[0]);
+}
+
+// A register's worth of a row at `column`, or what is left of the row.
+template <class Storage>
+inline Floats get(const void* row, int64_t column, int64_t width) {
+  const auto* source = (const typename Storage::Element*)row + column;
+  return width - column < LANES ? load_some<Storage>(source, width - column) : Storage::load(source);
+}
+
+// Writes a register's worth of a row, or what is left of it; `stream` lets full registers go past the cache.
+template <class Storage>
+inline void put(void* row, int64_t column, Floats value, int64_t width, bool stream) {
+  auto* target = (typename Storage::Element*)row + column;
+  if (width - column < LANES) {
+    store_some<Storage>(target, value, width - column);
+  } else if (stream) {
+    stream_as(target, Storage::as_stored(value));
+  } else {
+    store_as(target, Storage::as_stored(value));
+  }
 }
 
 // A row, one register at a time: action(column, load, store), where load(pointer) and store(pointer, value) take
@@ -189,12 +242,18 @@ inline void for_each_vector(int64_t width, Action action) {
   for (; c + LANES <= width; c += LANES)
     action(
         c, [c](const void* row) { return Storage::load((const Element*)row + c); },
-        [c](void* row, Floats value) { Storage::store((Element*)row + c, value); });
+        [c](void* row, Floats value) { store_as((Element*)row + c, Storage::as_stored(value)); });
   const int64_t rest = width - c;
   if (rest > 0)
     action(
         c, [c, rest](const void* row) { return load_some<Storage>((const Element*)row + c, rest); },
         [c, rest](void* row, Floats value) { store_some<Storage>((Element*)row + c, value, rest); });
+}
+
+// Floats as a row of Storage.
+template <class Storage>
+inline void write_row(const float* values, int64_t width, void* output) {
+  for_each_vector<Storage>(width, [=](int64_t c, auto, auto store_row) { store_row(output, load(values + c)); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Launching kernels: what the current device has, scratch memory, and the first error of several launches.
+// Launching kernels: what the current device has, scratch memory, callers' matrices as the kernels see them, and the
+// first error of several launches.
 
 #pragma once
 
@@ -8,7 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "prompt_diffusion.h"
+#include "runtime.h"
+#include "tile.cuh"
 
 namespace fast_prompt::cuda {
 namespace {
@@ -28,6 +30,25 @@ struct Device {
 template <class E>
 E* allocate(const Runtime& runtime, int64_t count) {
   return static_cast<E*>(runtime.allocate(runtime.context, count * static_cast<int64_t>(sizeof(E))));
+}
+
+template <class E>
+Matrix<E> matrix(const Rows& rows) {
+  return {static_cast<const E*>(rows.data), rows.rows_per_batch, rows.batch_stride, rows.row_stride};
+}
+
+template <class E>
+Matrix<E> contiguous(const E* data, int64_t rows, int64_t width) {
+  return {data, rows, 0, width};
+}
+
+// Whether every row begins at a multiple of 16 bytes.
+template <class E>
+bool is_aligned(const Matrix<E>& matrix) {
+  const uintptr_t bytes = reinterpret_cast<uintptr_t>(matrix.data) |
+                          static_cast<uintptr_t>(matrix.batch_stride * static_cast<int64_t>(sizeof(E))) |
+                          static_cast<uintptr_t>(matrix.row_stride * static_cast<int64_t>(sizeof(E)));
+  return bytes % PIECE_BYTES == 0;
 }
 
 // Kernels put on one stream, one after another; none after the first that failed.

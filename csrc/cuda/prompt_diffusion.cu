@@ -41,11 +41,6 @@
 namespace fast_prompt::cuda::FAST_PROMPT_ELEMENT {
 namespace {
 
-namespace element {
-using float32 = float;
-using bfloat16 = __nv_bfloat16;
-using float16 = __half;
-}  // namespace element
 using T = element::FAST_PROMPT_ELEMENT;
 
 // ---- float32 weights beside half activations ----
@@ -62,23 +57,6 @@ __global__ void __launch_bounds__(ROUNDING_THREADS)
 }
 
 // ---- From the caller's description to the kernels' ----
-
-template <class E>
-Matrix<E> matrix(const Rows& rows) {
-  return {static_cast<const E*>(rows.data), rows.rows_per_batch, rows.batch_stride, rows.row_stride};
-}
-
-template <class E>
-Matrix<E> contiguous(const E* data, int64_t rows, int64_t width) {
-  return {data, rows, 0, width};
-}
-
-bool is_aligned(const Matrix<T>& matrix) {
-  const uintptr_t bytes = reinterpret_cast<uintptr_t>(matrix.data) |
-                          static_cast<uintptr_t>(matrix.batch_stride * static_cast<int64_t>(sizeof(T))) |
-                          static_cast<uintptr_t>(matrix.row_stride * static_cast<int64_t>(sizeof(T)));
-  return bytes % PIECE_BYTES == 0;
-}
 
 Matrix<T> rounded_weights(const Rows& weights, int64_t rows, int64_t width, const Runtime& runtime,
                           Launches& launches, Matrix<T>* rest = nullptr) {

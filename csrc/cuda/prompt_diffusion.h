@@ -5,20 +5,9 @@
 
 #include <cstdint>
 
+#include "runtime.h"
+
 namespace fast_prompt::cuda {
-
-// Rows in device memory, elements of a row side by side; strides in elements. A batch of matrices is numbered through.
-struct Rows {
-  void* data;
-  int64_t rows_per_batch, batch_stride, row_stride;
-};
-
-// What a launch needs of its caller: a stream, and scratch memory that lives until the stream has passed it.
-struct Runtime {
-  void* stream;
-  void* context;
-  void* (*allocate)(void* context, int64_t bytes);
-};
 
 struct PromptDiffusion {
   int64_t rows, width, num_prompts;

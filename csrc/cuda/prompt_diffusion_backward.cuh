@@ -25,12 +25,6 @@ struct RowGradients {
   __device__ bool need_grad() const { return need_products() || hidden; }
 };
 
-// The powers of two at or below a finite, normal, positive number; else 1.
-__device__ inline float unit_of(float bound) {
-  const uint32_t exponent = __float_as_uint(bound) & 0x7F800000;
-  return exponent == 0 || exponent == 0x7F800000 ? 1 : __uint_as_float(exponent);
-}
-
 template <class T, class L>
 class BackwardTiles {
   // The order in which a block needs tiles: for each of its row tiles, for each block of prompts, the chunks of X and

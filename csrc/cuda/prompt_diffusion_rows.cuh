@@ -68,19 +68,6 @@ struct Place {
   __device__ int row(int slot) const { return first_row + slot / 2 * 16 + slot % 2 * 8 + group; }
 };
 
-// Calls body(first, second, slot, column) for each two neighbouring elements of a thread's sums; the column counts from
-// the warp's first.
-template <int M, int N, class Body>
-__device__ inline void for_each_pair(Sums<M, N>& sums, int pair, Body body) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        body(sums.at[m][n][2 * half], sums.at[m][n][2 * half + 1], 2 * m + half, n * 8 + pair * 2);
-}
-
 template <class L, class Body>
 __device__ inline void for_each_score(Sums<L::M, L::N>& scores, const Place<L>& place, Body body) {
   for_each_pair(scores, place.pair, [&](float& first, float& second, int slot, int column) {

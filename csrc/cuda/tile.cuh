@@ -9,10 +9,22 @@
 
 #include <cstdint>
 #include <ptx.cuh>
+#include <type_traits>
 
 namespace fast_prompt::cuda {
 
 // ---- Elements ----
+
+// By the names that FAST_PROMPT_ELEMENT takes.
+namespace element {
+using float32 = float;
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+}  // namespace element
+
+// The 16-bit types, which tensor cores multiply as they are.
+template <class T>
+using Half = std::enable_if_t<sizeof(T) == 2, T>;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -21,6 +33,12 @@ __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline void assign(float& target, float x) { target = x; }
 __device__ inline void assign(__nv_bfloat16& target, float x) { target = __float2bfloat16_rn(x); }
 __device__ inline void assign(__half& target, float x) { target = __float2half_rn(x); }
+
+// The power of two at or below a finite, normal, positive number; else 1.
+__device__ inline float unit_of(float bound) {
+  const uint32_t exponent = __float_as_uint(bound) & 0x7F800000;
+  return exponent == 0 || exponent == 0x7F800000 ? 1 : __uint_as_float(exponent);
+}
 
 constexpr int PIECE_BYTES = 16;  // what one thread moves at once
 
@@ -77,21 +95,26 @@ __device__ inline void for_each_piece(int thread, int64_t first_row, int64_t row
   }
 }
 
-// Starts the copy of a tile, zeros where it lies outside of [rows, width]. Where `aligned` is false (addresses or
+// Starts the copy of `count` elements to a piece of a tile, zeros after them. Where `aligned` is false (addresses or
 // strides are not multiples of 16 bytes) the copy is done element by element, at once.
+template <class T>
+__device__ inline void load_piece(T* target, const T* source, int count, bool aligned) {
+  if (aligned) {
+    ptx::copy_async_16(target, source, count * static_cast<int>(sizeof(T)));
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < PADDING<T>; ++i) target[i] = i < count ? source[i] : T(0.0f);
+  }
+}
+
+// Starts the copy of a tile, zeros where it lies outside of [rows, width].
 template <int ROWS, int COLUMNS, int THREADS, class T>
 __device__ inline void load_tile(T* tile, int pitch, const Matrix<T>& from, int64_t first_row, int64_t rows,
                                  int first_column, int width, bool aligned) {
   for_each_piece<T, ROWS, COLUMNS, THREADS>(
       threadIdx.x, first_row, rows, first_column, width, [&](int row, int column, int count) {
         const int64_t offset = count > 0 ? from.offset(first_row + row) + first_column + column : 0;
-        T* target = tile + row * pitch + column;
-        if (aligned) {
-          ptx::copy_async_16(target, from.data + offset, count * static_cast<int>(sizeof(T)));
-        } else {
-#pragma unroll 1
-          for (int i = 0; i < PADDING<T>; ++i) target[i] = i < count ? from.data[offset + i] : T(0.0f);
-        }
+        load_piece(tile + row * pitch + column, from.data + offset, count, aligned);
       });
 }
 
@@ -142,16 +165,17 @@ __device__ inline void split(float x, float& large, float& small) {
 
 // From a tile with the left operand's rows as rows, [m][k].
 template <class T>
-__device__ inline void load(Left<T>& left, const T* tile, int pitch, int lane) {
+__device__ inline void load(Left<T>& left, const Half<T>* tile, int pitch, int lane) {
   ptx::load_matrices(left.part, tile + lane % 16 * pitch + lane / 16 * 8);
 }
 
 // From a tile with them as columns, [k][m].
 template <class T>
-__device__ inline void load_transposed(Left<T>& left, const T* tile, int pitch, int lane) {
+__device__ inline void load_transposed(Left<T>& left, const Half<T>* tile, int pitch, int lane) {
   ptx::load_matrices_transposed(left.part, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
 }
 
+// A float32 fragment may come from a tile of any type.
 template <class At>
 __device__ inline void gather(Left<float>& left, int lane, At at) {
 #pragma unroll
@@ -161,17 +185,19 @@ __device__ inline void gather(Left<float>& left, int lane, At at) {
       split(at(lane / 4 + i % 2 * 8, half * 8 + lane % 4 + i / 2 * 4), left.large[half][i], left.small[half][i]);
 }
 
-__device__ inline void load(Left<float>& left, const float* tile, int pitch, int lane) {
-  gather(left, lane, [=](int m, int k) { return tile[m * pitch + k]; });
+template <class E>
+__device__ inline void load(Left<float>& left, const E* tile, int pitch, int lane) {
+  gather(left, lane, [=](int m, int k) { return to_float(tile[m * pitch + k]); });
 }
 
-__device__ inline void load_transposed(Left<float>& left, const float* tile, int pitch, int lane) {
-  gather(left, lane, [=](int m, int k) { return tile[k * pitch + m]; });
+template <class E>
+__device__ inline void load_transposed(Left<float>& left, const E* tile, int pitch, int lane) {
+  gather(left, lane, [=](int m, int k) { return to_float(tile[k * pitch + m]); });
 }
 
 // N neighbouring right operands, from a tile with their columns as rows, [n][k].
 template <class T, int N>
-__device__ inline void load(Right<T> (&right)[N], const T* tile, int pitch, int lane) {
+__device__ inline void load(Right<T> (&right)[N], const Half<T>* tile, int pitch, int lane) {
 #pragma unroll
   for (int n = 0; n + 1 < N; n += 2) {
     uint32_t parts[4];
@@ -184,7 +210,7 @@ __device__ inline void load(Right<T> (&right)[N], const T* tile, int pitch, int 
 
 // From a tile with their columns as columns, [k][n].
 template <class T, int N>
-__device__ inline void load_transposed(Right<T> (&right)[N], const T* tile, int pitch, int lane) {
+__device__ inline void load_transposed(Right<T> (&right)[N], const Half<T>* tile, int pitch, int lane) {
 #pragma unroll
   for (int n = 0; n + 1 < N; n += 2) {
     uint32_t parts[4];
@@ -206,14 +232,14 @@ __device__ inline void gather(Right<float> (&right)[N], int lane, At at) {
         split(at(half * 8 + lane % 4 + i * 4, n * 8 + lane / 4), right[n].large[half][i], right[n].small[half][i]);
 }
 
-template <int N>
-__device__ inline void load(Right<float> (&right)[N], const float* tile, int pitch, int lane) {
-  gather(right, lane, [=](int k, int n) { return tile[n * pitch + k]; });
+template <int N, class E>
+__device__ inline void load(Right<float> (&right)[N], const E* tile, int pitch, int lane) {
+  gather(right, lane, [=](int k, int n) { return to_float(tile[n * pitch + k]); });
 }
 
-template <int N>
-__device__ inline void load_transposed(Right<float> (&right)[N], const float* tile, int pitch, int lane) {
-  gather(right, lane, [=](int k, int n) { return tile[k * pitch + n]; });
+template <int N, class E>
+__device__ inline void load_transposed(Right<float> (&right)[N], const E* tile, int pitch, int lane) {
+  gather(right, lane, [=](int k, int n) { return to_float(tile[k * pitch + n]); });
 }
 
 // ---- Products ----
@@ -244,6 +270,19 @@ __device__ inline void multiply(float (&d)[4], const Left<float>& a, const Right
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] += sum[i];
+}
+
+// Calls body(first, second, slot, column) for each two neighbouring elements of a thread's sums; the column counts from
+// the warp's first.
+template <int M, int N, class Body>
+__device__ inline void for_each_pair(Sums<M, N>& sums, int pair, Body body) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        body(sums.at[m][n][2 * half], sums.at[m][n][2 * half + 1], 2 * m + half, n * 8 + pair * 2);
 }
 
 // Operands a step of 16 deep: which way a tile lies is in the loader that is passed. The right operands are taken two

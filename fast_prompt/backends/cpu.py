@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,68 @@ def prompt_diffusion_backward(
         )
     )
     return tuple(next(results) if needed else None for needed in needs)
+
+
+def prompt_compress(
+    query: Tensor,
+    visual: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout_p: float,
+    keep_probabilities: bool,
+    keep_attended: bool,
+) -> tuple[Tensor | None, ...]:
+    """``fast_prompt.reference.prompt_compress`` for query [B, m, E] and visual [B, n, d_v], not empty.
+
+    Returns:
+        The output; then, float32, for the backward: the logarithms of the softmax's sums [B, h, m], the probabilities
+        before dropout [B, h, m, n], and the weighted tokens [B, h, m, d_v]; the last two None where not to be kept.
+    """
+    tensors = _rows(query, visual, key_weight, value_weight, value_bias)
+    options = (key_padding_mask, seed, num_heads, dropout_p)
+    results = iter(torch.ops.fast_prompt_native.prompt_compress(*tensors, *options, keep_probabilities, keep_attended))
+    return tuple(next(results) if kept else None for kept in (True, True, keep_probabilities, keep_attended))
+
+
+def prompt_compress_backward(
+    grad: Tensor,
+    query: Tensor,
+    visual: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout_p: float,
+    logsumexp: Tensor,
+    probabilities: Tensor | None,
+    attended: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``prompt_compress`` for ``grad`` [B, m, E].
+
+    Args:
+        grad: the output's gradient; the other tensors are the forward's.
+        logsumexp, probabilities, attended: what the forward kept; the last two may be None, whatever it kept.
+        needs: for query, visual, key_weight, value_weight and value_bias, whether its gradient is wanted.
+
+    Returns:
+        Five gradients, contiguous, in their inputs' dtypes; None where not wanted.
+    """
+    tensors = _rows(grad, query, visual, key_weight, value_weight, value_bias)
+    options = (key_padding_mask, seed, num_heads, dropout_p)
+    kept = (logsumexp, probabilities, attended)
+    results = iter(torch.ops.fast_prompt_native.prompt_compress_backward(*tensors, *options, *kept, *needs))
+    return tuple(next(results) if needed else None for needed in needs)
+
+
+def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else _unit_stride(tensor) for tensor in tensors]
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from fast_prompt.backends import cpu
-from fast_prompt.backends.call import Call, PromptDiffusionCall, refuses_dtypes
+from fast_prompt.backends.call import Call, PromptCompressCall, PromptDiffusionCall, refuses_dtypes
 
 name = "cuda"
 
@@ -51,9 +51,18 @@ def _refuses_prompts(call: PromptDiffusionCall) -> str | None:
     return f"takes up to {most} prompts, not {call.num_prompts}" if call.num_prompts > most else None
 
 
-_REFUSES_SIZES: dict[str, Callable[..., str | None]] = {"prompt_diffusion": _refuses_prompts}
+def _refuses_nothing(call: PromptCompressCall) -> None:
+    """Rows are taken 16 at a time, and wide tokens in groups of columns: every size has its kernel."""
+
+
+_REFUSES_SIZES: dict[str, Callable[..., str | None]] = {
+    "prompt_diffusion": _refuses_prompts,
+    "prompt_compress": _refuses_nothing,
+}
 
 
 # The operators are the CPU's; the tensors' device decides which code runs, and on which stream.
 prompt_diffusion = cpu.prompt_diffusion
 prompt_diffusion_backward = cpu.prompt_diffusion_backward
+prompt_compress = cpu.prompt_compress
+prompt_compress_backward = cpu.prompt_compress_backward

@@ -20,8 +20,9 @@ ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16:
 FLAGS = "-std=c++17 -O2 -march=native -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
 
 
-def compile_modules(elements, sources=SOURCES, build=BUILD):
-    """Builds one module per element type, of what has changed, and imports them."""
+def compile_modules(elements, op="prompt_diffusion", sources=SOURCES, build=BUILD):
+    """Builds an op's modules, one per element type, of what has changed, and imports them."""
+    build = build / op
     build.mkdir(parents=True, exist_ok=True)
     includes = [SIMT / "include", SIMT, sources, pybind11.get_include(), sysconfig.get_path("include")]
     lines = [
@@ -35,11 +36,11 @@ def compile_modules(elements, sources=SOURCES, build=BUILD):
         f"build simt.o: compile {SIMT / 'simt.cpp'}",
     ]
     for element in elements:
-        name = module_name(element, build)
+        name = module_name(op, element, build)
         lines += [
-            f"build {element}.o: compile {sources / 'prompt_diffusion.cu'}",
+            f"build {element}.o: compile {sources / f'{op}.cu'}",
             f"  defines = -DFAST_PROMPT_ELEMENT={element}",
-            f"build {element}.bind.o: compile {SIMT / 'bind.cpp'}",
+            f"build {element}.bind.o: compile {SIMT / f'bind_{op}.cpp'}",
             f"  defines = -DFAST_PROMPT_ELEMENT={element} -DSIMT_MODULE={name}",
             f"build {name}.so: link {element}.o {element}.bind.o simt.o",
         ]
@@ -49,12 +50,12 @@ def compile_modules(elements, sources=SOURCES, build=BUILD):
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
-    return {element: import_module(module_name(element, build), build) for element in elements}
+    return {element: import_module(module_name(op, element, build), build) for element in elements}
 
 
-def compile_planted(element, name, file, right, wrong):
+def compile_planted(element, name, file, right, wrong, op="prompt_diffusion"):
     """The module of one element type with a bug: in ``file``, ``right``, which stands there once, made ``wrong``."""
-    build = BUILD / "planted" / name
+    build = BUILD / "planted" / name / op
     sources = build / "sources"
     sources.mkdir(parents=True, exist_ok=True)
     for source in SOURCES.iterdir():
@@ -65,11 +66,12 @@ def compile_planted(element, name, file, right, wrong):
         target = sources / source.name
         if not target.exists() or target.read_text() != text:  # an unchanged file keeps its time: nothing to build
             target.write_text(text)
-    return compile_modules([element], sources, build)[element]
+    return compile_modules([element], op, sources, build.parent)[element]
 
 
-def module_name(element, build):
-    return f"simt_{element}" if build == BUILD else f"simt_{element}_{build.name}"
+def module_name(op, element, build):
+    planted = "" if build.parent == BUILD else f"_{build.parent.name}"
+    return f"simt_{op}_{element}{planted}"
 
 
 def import_module(name, build):
@@ -97,22 +99,39 @@ class Backend:
                 setattr(module.settings(), name, value)
 
     def prompt_diffusion(self, hidden, *inputs):
-        given, _alive = arguments(hidden, *inputs)
+        given, _alive = diffusion_arguments(hidden, *inputs)
         output = Guarded(hidden.shape, hidden.dtype)
         self.modules[ELEMENTS[hidden.dtype]].prompt_diffusion(output.address, **given)
         return output.checked()
 
     def prompt_diffusion_backward(self, grad, hidden, source, prompts, keys, log_scale, *options_and_needs):
         *options, needs = options_and_needs
-        given, _alive = arguments(hidden, source, prompts, keys, log_scale, *options)
-        shaped = (source, source, prompts, keys, log_scale)
-        results = [
-            Guarded(tensor.shape, tensor.dtype) if needed else None
-            for tensor, needed in zip(shaped, needs, strict=True)
-        ]
-        addresses = [result.address if result else 0 for result in results]
+        given, _alive = diffusion_arguments(hidden, source, prompts, keys, log_scale, *options)
+        results = gradients_of((source, source, prompts, keys, log_scale), needs)
         module = self.modules[ELEMENTS[source.dtype]]
-        module.prompt_diffusion_backward(rows(grad), *addresses, **given)
+        module.prompt_diffusion_backward(rows(grad), *map(address, results), **given)
+        return tuple(result.checked() if result else None for result in results)
+
+    def prompt_compress(self, query, visual, *inputs_and_keep):
+        *inputs, keep_probabilities, keep_attended = inputs_and_keep
+        given, _alive = compress_arguments(query, visual, *inputs)
+        shape = torch.Size([given["batch"], given["heads"], given["queries"]])
+        results = (
+            Guarded(query.shape, query.dtype),
+            Guarded(shape, torch.float32),
+            Guarded(shape + visual.shape[1:2], torch.float32) if keep_probabilities else None,
+            Guarded(shape + visual.shape[2:3], torch.float32) if keep_attended else None,
+        )
+        self.modules[ELEMENTS[query.dtype]].prompt_compress(*map(address, results), **given)
+        return tuple(result.checked() if result else None for result in results)
+
+    def prompt_compress_backward(self, grad, *inputs_and_kept):
+        *inputs, _logsumexp, probabilities, attended, needs = inputs_and_kept
+        given, _alive = compress_arguments(*inputs)
+        results = gradients_of(inputs[:5], needs)
+        kept = (0 if tensor is None else tensor.data_ptr() for tensor in (probabilities, attended))
+        module = self.modules[ELEMENTS[grad.dtype]]
+        module.prompt_compress_backward(rows(grad), *kept, *map(address, results), **given)
         return tuple(result.checked() if result else None for result in results)
 
 
@@ -135,6 +154,16 @@ class Guarded:
         return self.memory[self.first : end].view(self.shape)
 
 
+def gradients_of(tensors, needs):
+    return [
+        Guarded(tensor.shape, tensor.dtype) if needed else None for tensor, needed in zip(tensors, needs, strict=True)
+    ]
+
+
+def address(result):
+    return result.address if result else 0
+
+
 def rows(tensor):
     """A tensor as csrc/cuda's Rows: address, rows per batch, batch stride, row stride."""
     if tensor is None:
@@ -144,7 +173,7 @@ def rows(tensor):
     return tensor.data_ptr(), tensor.size(-2), batch_stride, tensor.stride(-2)
 
 
-def arguments(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p):
+def diffusion_arguments(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p):
     """csrc/cuda's PromptDiffusion, and the tensors that must outlive the call."""
     given = {
         "rows": source.shape[0] * source.shape[1],
@@ -156,10 +185,40 @@ def arguments(hidden, source, prompts, keys, log_scale, seed, activation, row_we
         "keys": rows(keys),
         "float_weights": prompts.dtype == torch.float32,
         "log_scale": log_scale.data_ptr(),
-        "seed": seed.data_ptr() if dropout_p else 0,
         "softmax": activation == "softmax",
         "max_weight": row_weight == "max",
+        **dropout(seed, dropout_p),
+    }
+    return given, (hidden, source, prompts, keys, log_scale, seed)
+
+
+def compress_arguments(
+    query, visual, key_weight, value_weight, value_bias, key_padding_mask, seed, num_heads, dropout_p
+):
+    """csrc/cuda's PromptCompress, and the tensors that must outlive the call."""
+    mask = key_padding_mask
+    given = {
+        "batch": query.shape[0],
+        "queries": query.shape[1],
+        "tokens": visual.shape[1],
+        "heads": num_heads,
+        "head_width": query.shape[2] // num_heads,
+        "visual_width": visual.shape[2],
+        "query": rows(query),
+        "visual": rows(visual),
+        "key_weight": rows(key_weight),
+        "value_weight": rows(value_weight),
+        "value_bias": 0 if value_bias is None else value_bias.data_ptr(),
+        "float_weights": key_weight.dtype == torch.float32,
+        "padding": (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride()),
+        **dropout(seed, dropout_p),
+    }
+    return given, (query, visual, key_weight, value_weight, value_bias, mask, seed)
+
+
+def dropout(seed, dropout_p):
+    return {
+        "seed": seed.data_ptr() if dropout_p else 0,
         "dropout_threshold": min(round(dropout_p * 2**32), 2**32 - 1),
         "kept_scale": 1 / (1 - dropout_p),
     }
-    return given, (hidden, source, prompts, keys, log_scale, seed)
