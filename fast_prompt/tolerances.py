@@ -21,7 +21,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         raise ValueError(f"actual: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     if expected.numel() == 0:
         return 0.0
-    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    b = expected.detach().double()
+    a = actual.detach().to(b.device).double()
     finite = b.isfinite()
     if not torch.equal(a[~finite].nan_to_num(1.0), b[~finite].nan_to_num(1.0)) or not a[finite].isfinite().all():
         return float("inf")

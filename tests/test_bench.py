@@ -12,7 +12,7 @@ from fast_prompt.bench import prompt_diffusion, runner
 from fast_prompt.bench.contender import backends_for
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Probe, probes, rates
-from fast_prompt.bench.timing import Timing, interleave, stopwatch_for
+from fast_prompt.bench.timing import Timing, interleave, rotation, stopwatch_for
 from fast_prompt.tolerances import TOLERANCES
 
 CPU = torch.device("cpu")
@@ -141,3 +141,51 @@ def test_speedup_is_the_best_baseline_over_this_one(quick):
         )
         assert row.saved_bytes is not None
     assert math.isclose(max(row.speedup for row in baselines), 1.0)
+
+
+def test_a_rotation_calls_each_once_and_keeps_every_result():
+    made = []
+
+    def call():
+        made.append(torch.zeros(8))
+        return made[-1]
+
+    results = rotation([call] * 3, CPU)()
+    assert len(made) == len(results) == 3
+    assert len({result.data_ptr() for result in results}) == 3
+
+
+def test_cold_inputs_are_copies_that_fill_the_cache():
+    problem = prompt_diffusion.problem(SHAPE, torch.float32, CPU)
+    size = sum(tensor.nbytes for tensor in problem.tensors.values())
+    for cold_bytes, different in ((1, 2), (25 * size - 1, 25)):
+        inputs = runner.cold_copies(problem, cold_bytes)
+        assert len({one.tensors["hidden"].data_ptr() for one in inputs}) == different
+        assert len(inputs) >= runner.FEWEST_COLD_CALLS and len(inputs) % different == 0
+        assert all(torch.equal(one.tensors["hidden"], problem.tensors["hidden"]) for one in inputs)
+
+
+def test_cold_times_are_of_one_call(quick, monkeypatch):
+    """What is timed is a whole rotation; what is told is a call."""
+    monkeypatch.setattr(runner, "stopwatch_for", lambda device: lambda function, repeats: 1.0)
+    setting = bench.Setting("prompt_diffusion", SHAPE, "fp32", "fwd")
+    rows, _, raised = runner.measure(setting, CPU, rounds=2, cold_bytes=1)
+    assert not raised
+    assert {row.ms for row in rows} == {1e3 / runner.FEWEST_COLD_CALLS}
+
+
+def test_what_cannot_be_rotated_is_told_and_the_others_are_timed(quick, monkeypatch):
+    def refuse_the_reference(calls, device):
+        names.append(len(calls))
+        if len(names) == 1:
+            raise RuntimeError("not while capturing")
+        return rotation(calls, device)
+
+    names = []
+    monkeypatch.setattr(runner, "rotation", refuse_the_reference)
+    setting = bench.Setting("prompt_diffusion", SHAPE, "fp32", "fwd")
+    rows, _, raised = runner.measure(setting, CPU, rounds=1, cold_bytes=1)
+    assert [(entry.contender, entry.message) for entry in raised] == [
+        ("reference", "RuntimeError: not while capturing")
+    ]
+    assert rows and "reference" not in {row.contender for row in rows}

@@ -77,6 +77,7 @@ def run_json(capsys, *argv):
         ((*BENCH, "--rounds", "many"), "--rounds"),
         ((*BENCH, "--device", "nonsense"), "--device"),
         (("info", "extra"), "extra"),
+        (("answer", "--image", "a.png", "--question", "why?"), "--adapter"),
     ],
 )
 def test_wrong_arguments_give_one_line_that_names_them(capsys, argv, expected):
@@ -89,7 +90,7 @@ def test_wrong_arguments_give_one_line_that_names_them(capsys, argv, expected):
     assert expected in captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "parity", "bench", "info"])
+@pytest.mark.parametrize("command", ["demo", "answer", "parity", "bench", "info"])
 def test_help_has_examples(capsys, command):
     for argv in (["--help"], [command, "--help"]):
         with pytest.raises(SystemExit) as stopped:
@@ -156,12 +157,19 @@ def test_info_for_people_shows_the_same(capsys):
 # parity
 
 
+GRADIENTS = {
+    "prompt_diffusion": ("hidden", "source", "prompts", "keys", "log_scale"),
+    "prompt_compress": ("query", "visual", "key_weight", "value_weight", "value_bias"),
+}
+
+
 def test_parity_json(capsys, quick):
     code, payload, _ = run_json(capsys, "parity", "--backend", "reference", "--dtype", "fp32")
     assert code == 0
     assert list(payload) == ["rows"]
     assert all(list(row) == PARITY_KEYS for row in payload["rows"])
-    assert {row["what"] for row in payload["rows"]} == {"forward", "hidden", "source", "prompts", "keys", "log_scale"}
+    found = {(row["op"], row["what"]) for row in payload["rows"]}
+    assert found == {(op, what) for op, names in GRADIENTS.items() for what in ("forward", *names)}
     assert all(row["ok"] and row["error"] <= row["tolerance"] == 2e-5 for row in payload["rows"])
 
 

@@ -15,6 +15,7 @@ import torch
 
 from fast_prompt.backends import cpu, cuda, reference, triton
 from fast_prompt.backends.call import CALLS, Call, PromptCompressCall, PromptDiffusionCall
+from fast_prompt.backends.fastest import first_choice
 
 __all__ = [
     "BACKENDS",
@@ -31,8 +32,7 @@ __all__ = [
 
 logger = logging.getLogger("fast_prompt")
 
-# In order of preference; the first that can take a call runs it. Triton comes before CUDA C++ on every chip and at
-# every size: which of the two is faster where is not yet measured on a GPU.
+# In order of preference; the first that can take a call runs it. ``fastest`` says which comes before all on a GPU.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 
 
@@ -92,7 +92,9 @@ def _choose(forced: str | None, op: str, *facts: object) -> str:
         if _refusal(check_backend_name(forced), op, call) is not None:
             raise BackendError(f"backend {forced!r} cannot take this call of {op}:\n{describe(refusals(op, call))}")
         return forced
-    chosen = next(name for name in BACKENDS if _refusal(name, op, call) is None)
+    first = first_choice(op, call)
+    order = (first, *BACKENDS) if first else BACKENDS
+    chosen = next(name for name in order if _refusal(name, op, call) is None)
     if chosen == "reference" and call.dtype != torch.float64:
         _report_fallback(op, call)
     return chosen

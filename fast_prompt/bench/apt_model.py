@@ -7,6 +7,7 @@ prompts' own rows would cost, which no real token ever sees, and so compute the 
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -105,7 +106,7 @@ def with_sdpa(make: Callable[[Any, Shape], Function]) -> Callable[[Any, Shape], 
     def fused(model: Any, shape: Shape) -> Function:
         for block in model.encoder.layer:
             attention = block.attention.attention
-            attention.forward = MethodType(vilt_self_attention, attention)
+            attention.forward = partial(vilt_self_attention, attention, type(attention).forward)
         return make(model, shape)
 
     return fused

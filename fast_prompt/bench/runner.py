@@ -1,24 +1,32 @@
 """Runs a benchmark; knows nothing of any particular op."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from fast_prompt.bench import apt_model, machine, prompt_diffusion
+from fast_prompt.bench import apt_model, machine, prompt_compress, prompt_diffusion
 from fast_prompt.bench.contender import Contender
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Rates, probes, rates
-from fast_prompt.bench.timing import Timing, interleave, stopwatch_for
+from fast_prompt.bench.timing import Timing, interleave, rotation, stopwatch_for
 from fast_prompt.parity import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
 # Each module has SHAPE_KEYS, LARGEST, DEFAULT_SHAPES, PASSES and PARAMETERS, and the functions problem, products,
-# flops, traffic and contenders.
-OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion, "apt_model": apt_model}
+# flops, traffic and contenders. GPU_SHAPES, where it is, is what a GPU is filled with.
+OPS: dict[str, ModuleType] = {
+    "prompt_diffusion": prompt_diffusion,
+    "prompt_compress": prompt_compress,
+    "apt_model": apt_model,
+}
 PASSES = ("fwd", "fwdbwd")
+
+FEWEST_COLD_COPIES = 2
+FEWEST_COLD_CALLS = 10  # in a rotation, so that what one replay costs by itself does not count
 
 Shape = Mapping[str, int]
 Progress = Callable[[range], Iterator[int]]
@@ -152,9 +160,18 @@ def run(
 
 
 def measure(
-    setting: Setting, device: torch.device, rounds: int, progress: Progress = iter
+    setting: Setting, device: torch.device, rounds: int, progress: Progress = iter, cold_bytes: int = 0
 ) -> tuple[list[Row], Rates, list[Raised]]:
     """Checks, then times, all contenders of one setting.
+
+    Args:
+        setting: what they compute.
+        device: where they run.
+        rounds: samples of each contender.
+        progress: what wraps the range of rounds.
+        cold_bytes: with more than 0, no call finds its inputs in a cache smaller than this: calls go through copies
+            that hold as much, and on a GPU are replayed from a CUDA graph. With 0, calls follow on one another,
+            launches included.
 
     Returns:
         Their rows, the machine's best rates, and the contenders that raised.
@@ -164,12 +181,20 @@ def measure(
     problem = op.problem(setting.shape, dtype, device)
     everyone = op.contenders(setting.shape, dtype, device, setting.backward)
     failures, raised = _check(everyone, problem, setting)
-    contenders = [entry for entry in everyone if entry.name in failures]
-    traffic = op.traffic(setting.shape, dtype, setting.backward)
+    inputs = cold_copies(problem, cold_bytes) if cold_bytes else [problem]
+    functions: dict[str, Callable[[], object]] = {}
+    for entry in (entry for entry in everyone if entry.name in failures):
+        calls = [call(entry, copy, setting.backward) for copy in inputs]
+        try:
+            functions[entry.name] = rotation(calls, device) if cold_bytes else calls[0]
+        except RuntimeError as error:  # what waits for the GPU is in no graph
+            raised.append(_raised(entry, setting, error))
+    contenders = [entry for entry in everyone if entry.name in functions]
+    traffic = max(op.traffic(setting.shape, dtype, setting.backward), cold_bytes)
     probed = probes(dtype, device, op.products(setting.shape), traffic)
-    calls = {entry.name: call(entry, problem, setting.backward) for entry in contenders}
-    functions = calls | {name: probe.function for name, probe in probed.items()}
-    timings = interleave(functions, stopwatch_for(device), rounds, progress)
+    probing = {name: probe.function for name, probe in probed.items()}
+    timings = interleave(functions | probing, stopwatch_for(device), rounds, progress)
+    timings |= {name: timings[name].divided(len(inputs)) for name in functions}
     best = rates(probed, timings)
     saved = {entry.name: saved_bytes(entry.function, problem, op.PARAMETERS) for entry in contenders * setting.backward}
     return _rows(setting, contenders, timings, failures, best, saved), best, raised
@@ -187,12 +212,16 @@ def _check(contenders: Sequence[Contender], problem: Problem, setting: Setting) 
         try:
             errors = compare(evaluate(entry.function, problem, setting.backward), expected[entry.definition])
         except Exception as error:  # one contender's failure, such as no compiler here; the others still run
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            raised.append(Raised(entry.name, entry.kind, str(setting), message))
+            raised.append(_raised(entry, setting, error))
             continue
         large = {name: error for name, error in errors.items() if error > tolerance}
         failures[entry.name] = ", ".join(f"{name} {error:.1e} > {tolerance:.1e}" for name, error in large.items())
     return failures, raised
+
+
+def _raised(contender: Contender, setting: Setting, error: Exception) -> Raised:
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Raised(contender.name, contender.kind, str(setting), message)
 
 
 def call(contender: Contender, problem: Problem, backward: bool) -> Callable[[], object]:
@@ -212,6 +241,18 @@ def call(contender: Contender, problem: Problem, backward: bool) -> Callable[[],
         return torch.autograd.grad(output, trained, problem.grad)
 
     return forward_and_backward
+
+
+def cold_copies(problem: Problem, cold_bytes: int) -> list[Problem]:
+    """Inputs for a rotation: the problem and copies of it that hold ``cold_bytes`` together, in turn."""
+    size = sum(tensor.nbytes for tensor in problem.tensors.values())
+    copies = [problem] + [_copy(problem) for _ in range(max(FEWEST_COLD_COPIES, math.ceil(cold_bytes / size)) - 1)]
+    return copies * math.ceil(FEWEST_COLD_CALLS / len(copies))
+
+
+def _copy(problem: Problem) -> Problem:
+    tensors = {name: tensor.clone() for name, tensor in problem.tensors.items()}
+    return replace(problem, tensors=tensors, grad=problem.grad.clone())
 
 
 def _rows(
