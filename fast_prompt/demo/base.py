@@ -8,6 +8,7 @@ apart): forty classes out of the same images.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from fast_prompt.demo.digits import IMAGE_SIZE, Images, load_splits
 from fast_prompt.demo.settings import Settings
-from fast_prompt.demo.training import HEAD, Schedule, accuracy, fit, logits
+from fast_prompt.demo.training import HEAD, accuracy, build_optimizer, fit, image_loss, logits, shuffled_batches
 
 OLD_DIGITS = (0, 1, 2, 3, 4)
 TRAIN_PER_CLASS = 140
@@ -40,15 +41,15 @@ def pretrained(directory: Path, settings: Settings, seed: int, on_step: Callable
     """Pretrains the base into `directory`, which exists, or takes the one there of the same settings and seed."""
     path = directory / f"base-{_fingerprint(settings, seed)}.safetensors"
     old = load_splits(OLD_DIGITS, TRAIN_PER_CLASS, 0, seed)
-    was_cached = _is_whole(path)
+    was_cached = is_whole(path)
     if not was_cached:
         torch.manual_seed(seed)
         model = new_vit(settings, len(OLD_DIGITS) * SYMMETRIES)
-        schedule = Schedule(
-            settings.pretraining_steps, BATCH_SIZE, rate=settings.pretraining_rate, head_rate=settings.pretraining_rate
-        )
-        fit(model, in_all_symmetries(old.train), schedule, seed, on_step)
-        _save(model, path)
+        images = in_all_symmetries(old.train)
+        optimizer = build_optimizer(model, settings.pretraining_rate, settings.pretraining_rate)
+        batches = shuffled_batches(len(images), BATCH_SIZE, seed)
+        fit(model, optimizer, partial(image_loss, model, images), settings.pretraining_steps, batches, on_step)
+        save(model, path)
     scores = logits(load(path, settings), old.test.pixels)
     upright = scores[:, : len(OLD_DIGITS)]  # symmetry 0 leaves an image as it is
     return Base(path, accuracy(upright, old.test.labels), was_cached)
@@ -96,14 +97,15 @@ def frozen_base(path: Path, settings: Settings, num_labels: int, seed: int) -> A
     return model.requires_grad_(False)
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def save(model: nn.Module, path: Path) -> None:
     """Written beside its place and then moved there, so that a run cut short leaves no broken file."""
     unfinished = path.with_suffix(".unfinished")
     save_file(model.state_dict(), unfinished)
     unfinished.replace(path)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and complete."""
     try:
         return bool(load_file(path))
     except (FileNotFoundError, SafetensorError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import torch
@@ -33,6 +33,15 @@ STYLE = {
 LEFT, RIGHT = 0.07, 0.97  # the text's margins, shares of the figure's width
 SAMPLES = 16
 LABEL_GAP = 0.13  # least distance of two labels, share of the axes' height
+
+
+class Bar(NamedTuple):
+    """One bar of `draw_bars`; an open one where it is not `filled`."""
+
+    name: str
+    value: float
+    color: str
+    filled: bool = True
 
 
 def draw(
@@ -68,8 +77,8 @@ def draw(
             f"Training step of {settings.batch_size} images",
             f"Inference on {settings.inference_batch} images",
         )
-        _draw_bars(figure.add_subplot(panels[0, 1]), trained, "step_ms", f"{step}, ms")
-        _draw_bars(figure.add_subplot(panels[1, 1]), results.rows, "infer_ms", f"{inference}, ms")
+        draw_bars(figure.add_subplot(panels[0, 1]), _form_bars(trained, "step_ms"), f"{step}, ms")
+        draw_bars(figure.add_subplot(panels[1, 1]), _form_bars(results.rows, "infer_ms"), f"{inference}, ms")
         _draw_samples(figure.add_axes((LEFT, 0.035, RIGHT - LEFT, 0.27)), test, predictions, classes)
         figure.savefig(path)
 
@@ -120,21 +129,28 @@ def spread(heights: Sequence[float]) -> list[float]:
     return spread
 
 
-def _draw_bars(axes: Any, rows: Sequence[Row], figure: str, title: str) -> None:
-    """One bar a row: filled for a method as it trained, open for its merged or folded form."""
-    values = [getattr(row, figure) for row in rows]
-    for position, (row, value) in enumerate(zip(rows, values, strict=True)):
-        color = COLORS[row.method.partition(" (")[0]]
-        fill = color if row.method in COLORS else "white"
-        axes.barh(position, value, height=0.64, color=fill, edgecolor=color, linewidth=1.4)
-        axes.text(value + max(values) * 0.02, position, f"{value:.1f}", va="center_baseline")
-    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+def draw_bars(axes: Any, bars: Sequence[Bar], title: str, number: str = "{:.1f}") -> None:
+    """Horizontal bars from the top down, each with its value as `number` formats it."""
+    largest = max(bar.value for bar in bars)
+    for position, bar in enumerate(bars):
+        fill = bar.color if bar.filled else "white"
+        axes.barh(position, bar.value, height=0.64, color=fill, edgecolor=bar.color, linewidth=1.4)
+        axes.text(bar.value + largest * 0.02, position, number.format(bar.value), va="center_baseline")
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.set_xticks([])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_xlim(0, max(values) * 1.12)
+    axes.set_xlim(0, max(largest, 1e-9) * 1.15)
     axes.set_title(title)
+
+
+def _form_bars(rows: Sequence[Row], figure: str) -> list[Bar]:
+    """One bar a row: filled for a method as it trained, open for its merged or folded form."""
+    return [
+        Bar(row.method, getattr(row, figure), COLORS[row.method.partition(" (")[0]], row.method in COLORS)
+        for row in rows
+    ]
 
 
 def _draw_samples(axes: Any, test: Images, predictions: Mapping[str, Tensor], classes: Sequence[int]) -> None:

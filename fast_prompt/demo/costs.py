@@ -44,8 +44,8 @@ def _addmm_flops(added: list[int], left: list[int], right: list[int], **_: objec
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, pixels: Tensor) -> int:
-    """Multiply-adds of a forward pass, per image of `pixels` [B, 1, 8, 8].
+def count_macs(model: nn.Module, **inputs: Tensor) -> int:
+    """Multiply-adds of a forward pass on `inputs` [B, ...], per sample.
 
     Counted from the matrix products and convolutions that run. Attention is run as plain products, since torch
     has no formula for its fused form on a CPU.
@@ -54,5 +54,5 @@ def count_macs(model: nn.Module, pixels: Tensor) -> int:
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter,
     ):
-        model(pixel_values=pixels)
-    return counter.get_total_flops() // 2 // len(pixels)
+        model(**inputs)
+    return counter.get_total_flops() // 2 // len(next(iter(inputs.values())))

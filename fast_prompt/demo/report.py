@@ -6,26 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-HEADERS = (
-    "method",
-    "test accuracy",
-    "trained parameters",
-    "ms/training step",
-    "ms/inference batch",
-    "added MACs/image",
-)
-
 
 @dataclass(frozen=True)
 class Row:
     """One method in one form. A merged or folded row shares its method's training, and has its own inference.
 
     Attributes:
-        accuracy: share of the test images, from 0 to 1.
+        accuracy: share of the tests passed, from 0 to 1.
         trainable_params: number of elements trained, the classifier's included.
         step_ms: median milliseconds of a training step.
-        infer_ms: median milliseconds of an inference batch.
-        added_macs: multiply-adds an image, in inference, beyond those of the frozen model with its classifier.
+        infer_ms: median milliseconds of inference: of a batch of images, or of a question.
+        added_macs: multiply-adds an image or question, in inference, beyond those of the model with its classifier.
     """
 
     method: str
@@ -38,9 +29,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Reload:
-    """How the predictions of APT's adapter, saved and loaded into a fresh base, compare with those before."""
+    """How the predictions of a method's adapter, saved and loaded into a fresh base, compare with those before.
 
-    images: int
+    Attributes:
+        method: the row whose adapter it is.
+        tests: how many predictions were compared.
+    """
+
+    method: str
+    tests: int
     equal_predictions: int
     max_logit_difference: float
 
@@ -52,12 +49,22 @@ class Reload:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a run found; `facts` says under which conditions, for the record."""
+    """All that a run found.
+
+    Attributes:
+        units: what `Row.infer_ms` and `Row.added_macs` are counted by, in a word each.
+        facts: under which conditions the rows came about, for the record.
+        notes: what else there is to tell, in sentences.
+        pictures: names of the files drawn.
+    """
 
     task: str
     rows: list[Row]
     reload: Reload
+    units: tuple[str, str]
     facts: dict[str, object]
+    notes: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ("chart.png",)
 
     def to_dict(self) -> dict[str, object]:
         """What `results.json` holds."""
@@ -73,20 +80,33 @@ class Results:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-def standard_error(accuracy: float, images: int) -> float:
-    """How far chance alone moves an accuracy measured on so many images (one standard deviation, as a share)."""
-    return math.sqrt(accuracy * (1 - accuracy) / images)
+def standard_error(accuracy: float, tests: int) -> float:
+    """How far chance alone moves an accuracy measured on so many tests (one standard deviation, as a share)."""
+    return math.sqrt(accuracy * (1 - accuracy) / tests)
+
+
+def headers(results: Results) -> tuple[str, ...]:
+    """Of the table's columns."""
+    inference, count = results.units
+    return (
+        "method",
+        "test accuracy",
+        "trained parameters",
+        "ms/training step",
+        f"ms/{inference}",
+        f"added MACs/{count}",
+    )
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows as text under `HEADERS`."""
+    """The rows as text under `headers`."""
     return [
         [
             row.method,
             f"{row.accuracy:.1%}",
             f"{row.trainable_params:,}",
             f"{row.step_ms:.1f}",
-            f"{row.infer_ms:.1f}",
+            f"{row.infer_ms:.3g}",
             f"{row.added_macs:,}",
         ]
         for row in rows

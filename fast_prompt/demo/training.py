@@ -1,11 +1,14 @@
-"""Training and prediction, the same for the base and for every method."""
+"""Training and prediction, the same for every task, base and method."""
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fast_prompt.demo.digits import Images
 
@@ -14,57 +17,60 @@ WARMUP = 0.1  # share of the steps, before a cosine decay
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of AdamW, with peak learning rates for the classifier and for all else that trains."""
-
-    steps: int
-    batch_size: int
-    rate: float
-    head_rate: float
+# The mean loss of the examples at some positions [B].
+Loss = Callable[[Tensor], Tensor]
 
 
-def fit(model: nn.Module, images: Images, schedule: Schedule, seed: int, on_step: Callable[[], object]) -> None:
-    """Trains what requires a gradient, on batches in an order that `seed` fixes. `on_step` is called after each step.
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    steps: int,
+    batches: Iterator[Tensor],
+    on_step: Callable[[], object],
+) -> None:
+    """Takes `steps` steps, each on the next of `batches`, and calls `on_step` after each.
 
-    The model is left in evaluation mode.
+    The optimizer's learning rates are the peaks of a short warm-up and a cosine decay. The model is left in evaluation
+    mode.
     """
-    optimizer = build_optimizer(model, schedule)
     decay = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=schedule.steps,
+        total_steps=steps,
         pct_start=WARMUP,
     )
-    batches = shuffled_batches(len(images), schedule.batch_size, seed)
     model.train()
-    for _ in range(schedule.steps):
-        batch = next(batches)
-        train_step(model, optimizer, images.pixels[batch], images.labels[batch])
+    for _ in range(steps):
+        train_step(optimizer, partial(loss, next(batches)))
         decay.step()
         on_step()
     model.eval()
 
 
-def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """AdamW on the parameters that train, in two groups: the classifier's, and the method's if it has any."""
+def build_optimizer(model: nn.Module, rate: float, head_rate: float) -> torch.optim.Optimizer:
+    """AdamW on the parameters that train: the classifier's at `head_rate`, and all others, if any, at `rate`."""
     head: list[nn.Parameter] = []
     method: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (head if HEAD in name.split(".") else method).append(parameter)
-    groups = [{"params": head, "lr": schedule.head_rate}, {"params": method, "lr": schedule.rate}]
+    groups = [{"params": head, "lr": head_rate}, {"params": method, "lr": rate}]
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=WEIGHT_DECAY)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> None:
-    """One step on one batch: pixels [B, 1, 8, 8], labels [B] int64."""
-    F.cross_entropy(model(pixel_values=pixels).logits, labels).backward()
+def train_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+    """One step on one batch."""
+    loss().backward()
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def image_loss(model: nn.Module, images: Images, batch: Tensor) -> Tensor:
+    """Of a classifier on the images at positions [B]."""
+    return F.cross_entropy(model(pixel_values=images.pixels[batch]).logits, images.labels[batch])
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -83,3 +89,13 @@ def logits(model: nn.Module, pixels: Tensor) -> Tensor:
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Share of rows of scores [n, classes] whose largest is at the label [n]."""
     return (scores.argmax(-1) == labels).float().mean().item()
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of elements that train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def progress(description: str, steps: int) -> "tqdm[Any]":
+    """A progress bar on stderr; none where that is no terminal."""
+    return tqdm(desc=f"{description:<18}", total=steps, unit="step", file=sys.stderr, disable=None)

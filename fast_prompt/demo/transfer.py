@@ -1,6 +1,5 @@
 """The task `digits-transfer`: a frozen model that knows the digits 0 to 4 learns 5 to 9 by one method after another."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fast_prompt import __version__
 from fast_prompt.demo import base, chart
@@ -20,7 +18,17 @@ from fast_prompt.demo.costs import Contender, count_macs, median_ms
 from fast_prompt.demo.digits import Splits, load_splits
 from fast_prompt.demo.report import Reload, Results, Row
 from fast_prompt.demo.settings import Settings
-from fast_prompt.demo.training import Schedule, accuracy, build_optimizer, fit, logits, train_step
+from fast_prompt.demo.training import (
+    accuracy,
+    build_optimizer,
+    fit,
+    image_loss,
+    logits,
+    progress,
+    shuffled_batches,
+    train_step,
+    trained_parameters,
+)
 from fast_prompt.tuning import FastPromptModel
 
 NAME = "digits-transfer"
@@ -42,7 +50,7 @@ class Trained:
     @property
     def trainable_params(self) -> int:
         """Number of elements that train."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return trained_parameters(self.model)
 
 
 def run(output: Path, seed: int = 0, settings: Settings | None = None) -> Results:
@@ -58,7 +66,7 @@ def run(output: Path, seed: int = 0, settings: Settings | None = None) -> Result
     """
     settings = settings or Settings()
     output.mkdir(parents=True, exist_ok=True)
-    with _bar("pretraining on 0-4", settings.pretraining_steps) as bar:
+    with progress("pretraining on 0-4", settings.pretraining_steps) as bar:
         pretrained = base.pretrained(output, settings, seed, bar.update)
     splits = load_splits(NEW_DIGITS, settings.train_per_class, settings.validation_per_class, seed)
     new_base = partial(base.frozen_base, pretrained.path, settings, len(NEW_DIGITS), seed)
@@ -73,7 +81,8 @@ def run(output: Path, seed: int = 0, settings: Settings | None = None) -> Result
     reload = _save_and_reload(trained[-1].model, output / "adapter", new_base, test.pixels)
     accuracies = {form: accuracy(score, test.labels) for form, score in scores.items()}
     rows = _rows(trained, accuracies, new_base(), splits, settings)
-    results = Results(NAME, rows, reload, _facts(trained, pretrained, splits, settings, seed))
+    facts = _facts(trained, pretrained, splits, settings, seed)
+    results = Results(NAME, rows, reload, ("inference batch", "image"), facts)
     results.write(output / "results.json")
     predictions = {form: score.argmax(-1) for form, score in scores.items()}
     chart.draw(results, splits, predictions, NEW_DIGITS, settings, output / "chart.png")
@@ -94,10 +103,12 @@ def _train(
     """
     steps = settings.epochs * -(-len(splits.train) // settings.batch_size)
     candidates = []
-    with _bar(adaptation.name, steps * len(settings.learning_rates)) as bar:
+    with progress(adaptation.name, steps * len(settings.learning_rates)) as bar:
         for rate in settings.learning_rates:
             model = adaptation.adapt(new_base(), settings)
-            fit(model, splits.train, Schedule(steps, settings.batch_size, rate, head_rate or rate), seed, bar.update)
+            optimizer = build_optimizer(model, rate, head_rate or rate)
+            batches = shuffled_batches(len(splits.train), settings.batch_size, seed)
+            fit(model, optimizer, partial(image_loss, model, splits.train), steps, batches, bar.update)
             scores, labels = logits(model, splits.validation.pixels), splits.validation.labels
             loss = F.cross_entropy(scores, labels).item()
             candidates.append(Trained(adaptation, model, rate, accuracy(scores, labels), loss))
@@ -118,19 +129,19 @@ def _save_and_reload(model: Any, directory: Path, new_base: NewBase, pixels: Ten
     model.save_pretrained(directory)
     after = logits(FastPromptModel.from_pretrained(new_base(), directory), pixels)
     equal = (before.argmax(-1) == after.argmax(-1)).sum().item()
-    return Reload(len(pixels), int(equal), (before - after).abs().max().item())
+    return Reload(APT.name, len(pixels), int(equal), (before - after).abs().max().item())
 
 
 def _rows(trained: list[Trained], test: dict[str, float], plain: Any, splits: Splits, settings: Settings) -> list[Row]:
     """One row a form, each method's forms together."""
     batch = splits.test.pixels[: settings.inference_batch]
-    plain_macs = count_macs(plain, batch)
+    plain_macs = count_macs(plain, pixel_values=batch)
     step_ms, infer_ms = _timings(trained, splits, settings)
     rows = []
     for each in trained:
         for form, ready in each.adaptation.forms.items():
             with ready(each.model):
-                added_macs = count_macs(each.model, batch) - plain_macs
+                added_macs = count_macs(each.model, pixel_values=batch) - plain_macs
             rows.append(
                 Row(form, test[form], each.trainable_params, step_ms[each.adaptation.name], infer_ms[form], added_macs)
             )
@@ -140,16 +151,16 @@ def _rows(trained: list[Trained], test: dict[str, float], plain: Any, splits: Sp
 def _timings(trained: list[Trained], splits: Splits, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of each method's training step and of each form's inference batch."""
     train, pixels = splits.train, splits.test.pixels[: settings.inference_batch]
-    size = settings.batch_size
-    standstill = Schedule(1, size, rate=0.0, head_rate=0.0)  # the same work as any step, and the weights stay
+    batch = torch.arange(settings.batch_size)
     steps, inferences = [], []
     for each in trained:
-        model, optimizer = each.model, build_optimizer(each.model, standstill)
-        step = partial(train_step, model, optimizer, train.pixels[:size], train.labels[:size])
+        model = each.model
+        optimizer = build_optimizer(model, 0.0, 0.0)  # the same work as any step, and the weights stay
+        step = partial(train_step, optimizer, partial(image_loss, model, train, batch))
         steps.append(Contender(each.adaptation.name, partial(_training, model), step))
         for form, ready in each.adaptation.forms.items():
             inferences.append(Contender(form, partial(ready, model), partial(logits, model, pixels)))
-    with _bar("timing, in turn", 2 * settings.timing_rounds) as bar:
+    with progress("timing, in turn", 2 * settings.timing_rounds) as bar:
         return (
             median_ms(steps, settings.timing_rounds, bar.update),
             median_ms(inferences, settings.timing_rounds, bar.update),
@@ -179,8 +190,3 @@ def _facts(
         "torch": torch.__version__,
         "fast_prompt": __version__,
     }
-
-
-def _bar(description: str, steps: int) -> "tqdm[Any]":
-    """A progress bar on stderr; none where that is no terminal."""
-    return tqdm(desc=f"{description:<18}", total=steps, unit="step", file=sys.stderr, disable=None)

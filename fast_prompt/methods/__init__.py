@@ -1,5 +1,6 @@
 """The methods: one config each, saying where in a model it acts and what it adds there."""
 
 from fast_prompt.methods.apt import APTConfig
+from fast_prompt.methods.dvp import DVPConfig
 
-__all__ = ["APTConfig"]
+__all__ = ["APTConfig", "DVPConfig"]

@@ -1,5 +1,6 @@
 """APT, approximated prompt tuning (arXiv 2306.15706): prompts diffused into every attention's output."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from fast_prompt.models.fused import FUSED
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
-from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.config import MethodConfig, check_names
 from fast_prompt.tuning.site import FoldedSite, Site
 
 
@@ -37,6 +38,7 @@ class APTConfig(MethodConfig):
 
     method: ClassVar[str] = "APT"
 
+    target_modules: list[str] | str | None = None
     num_prompts: int = 200
     rank: int = 4
     activation: str = "relu"
@@ -46,6 +48,8 @@ class APTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.target_modules, str) and self.target_modules is not None:
+            self.target_modules = check_names("target_modules", self.target_modules)
         checks.check_count("num_prompts", self.num_prompts, MAX_PROMPTS)
         checks.check_count("rank", self.rank)
         checks.check_choice("activation", self.activation, ACTIVATIONS)
@@ -105,21 +109,21 @@ def _plain_linear(model: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
-def query_forward(self: Any, source: Tensor) -> Tensor:
+def query_forward(self: Any, _: Callable[..., Any], source: Tensor) -> Tensor:
     """A folded query projection's forward."""
     return self.fast_prompt_folded.project_query(source)
 
 
-def key_forward(self: Any, source: Tensor) -> Tensor:
+def key_forward(self: Any, _: Callable[..., Any], source: Tensor) -> Tensor:
     """A folded key projection's forward."""
     return self.fast_prompt_folded.project_key(source)
 
 
-def value_forward(self: Any, source: Tensor) -> Tensor:
+def value_forward(self: Any, _: Callable[..., Any], source: Tensor) -> Tensor:
     """A folded value projection's forward."""
     return self.fast_prompt_folded.project_value(source)
 
 
-def output_forward(self: Any, heads: Tensor) -> Tensor:
+def output_forward(self: Any, _: Callable[..., Any], heads: Tensor) -> Tensor:
     """A folded output projection's forward."""
     return self.fast_prompt_folded.project_output(heads)

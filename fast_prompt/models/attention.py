@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast_prompt.tuning.adapters import CHILD
-from fast_prompt.tuning.classes import base_class, is_replaceable
-from fast_prompt.tuning.site import Site
+from fast_prompt.tuning.classes import is_replaceable
+from fast_prompt.tuning.site import CHILD, Site
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Projections:
     output: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionSite(Site):
     """One attention module to adapt; ``width`` is that of X and H.
 
@@ -71,23 +70,23 @@ OUTPUTS = ("out_proj", "o_proj", "proj", "dense")
 SOURCES = ("hidden_states", "query", "x")
 
 
-def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def attention_forward(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention module that returns H, alone or first in a tuple."""
     source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
-    output = base_class(self).forward(self, *args, **kwargs)
+    output = forward(self, *args, **kwargs)
     adapters = getattr(self, CHILD)
     if isinstance(output, tuple):
         return (adapters(output[0], source.to(output[0].device)), *output[1:])
     return adapters(output, source.to(output.device))
 
 
-def output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
     hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
     return self.dropout(hidden_states)
 
 
-def normed_output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, residual, LayerNorm."""
     hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
     return self.LayerNorm(self.dropout(hidden_states) + input_tensor)

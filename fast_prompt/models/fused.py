@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast_prompt.tuning.classes import base_class
-
 
 def vilt_self_attention(
-    self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
-) -> tuple[Tensor, ...]:
+    self: Any,
+    forward: Callable[..., Any],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+) -> Any:
     """The forward of ``ViltSelfAttention`` in inference; its own where the probabilities are asked for."""
     if output_attentions:
-        return base_class(self).forward(self, hidden_states, attention_mask, output_attentions)
+        return forward(self, hidden_states, attention_mask, output_attentions)
     heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
     query, key, value = (
         project(hidden_states).view(heads).transpose(1, 2) for project in (self.query, self.key, self.value)

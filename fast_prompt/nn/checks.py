@@ -10,6 +10,12 @@ def check_count(name: str, value: object, largest: int | None = None) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def check_index(name: str, value: object) -> None:
+    """A whole number of at least 0 (a bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+
+
 def check_probability(name: str, value: object) -> None:
     """A number in [0, 1); NaN is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:

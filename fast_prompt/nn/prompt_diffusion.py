@@ -1,5 +1,7 @@
 """Approximated prompt tuning's learned part of one attention, as a module."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -38,6 +40,9 @@ class PromptDiffusion(nn.Module):
 
     Source: "Approximated Prompt Tuning for Vision-Language Pre-trained Models", arXiv 2306.15706, section 3.
     """
+
+    # To ``fast_prompt.tuning.parameter_groups``: the output is quadratic in the scores, and these two move all of them.
+    learning_rate_scales: ClassVar[dict[str, float]] = {"key_up": 0.1, "log_scale": 0.1}
 
     def __init__(
         self,

@@ -4,9 +4,6 @@ import copy
 
 from torch import Tensor, nn
 
-# The child under which a site's host keeps its adapters.
-CHILD = "fast_prompt"
-
 # The child that folded modules ask for their share of the merged weights.
 FOLDED_CHILD = "fast_prompt_folded"
 
@@ -32,11 +29,15 @@ class SiteAdapters(nn.ModuleDict):
         """Use the adapter ``name``; none when it is None or has nothing at this site."""
         self.active = name if name is not None and name in self else None
 
-    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
-        """``hidden`` and ``source`` [..., n, d] to [..., n, d]."""
+    def in_use(self) -> nn.Module | None:
+        """The active adapter's module; None when there is none."""
+        return None if self.active is None else self[self.active]
+
+    def forward(self, hidden: Tensor, *context: Tensor) -> Tensor:
+        """``hidden`` [..., n, d], and whatever else the adapter reads, to [..., n, d]."""
         if self.active is None:
             return hidden
-        return self[self.active](hidden, source)
+        return self[self.active](hidden, *context)
 
 
 def _no_op(*_: object) -> None:
@@ -62,32 +63,34 @@ class SavedModules(nn.Module):
     def add(self, adapter: str, path: str, module: nn.Module) -> None:
         """Keep ``module`` as the adapter's copy of the one at ``path``."""
         self.placed.setdefault(path, None)
-        self.resting[_key(adapter, path)] = module
+        self.resting[resting_key(adapter, path)] = module
 
     def remove(self, adapter: str) -> None:
         """Forget the adapter's copies; none of them may be in its place."""
-        for key in [_key(adapter, path) for path in self.placed]:
+        for key in [resting_key(adapter, path) for path in self.placed]:
             if key in self.resting:
                 del self.resting[key]
 
     def of(self, model: nn.Module, adapter: str) -> dict[str, nn.Module]:
         """The adapter's copies, wherever they are, by the path of their place."""
         resting = {
-            path: self.resting[_key(adapter, path)] for path in self.placed if _key(adapter, path) in self.resting
+            path: self.resting[resting_key(adapter, path)]
+            for path in self.placed
+            if resting_key(adapter, path) in self.resting
         }
         return {p: model.get_submodule(p) for p, owner in self.placed.items() if owner == adapter} | resting
 
     def place(self, model: nn.Module, adapter: str | None) -> None:
         """Put the adapter's copies in their places, and the model's own modules where it has none."""
         for path, current in self.placed.items():
-            wanted = adapter if current == adapter or _key(adapter, path) in self.resting else None
+            wanted = adapter if current == adapter or resting_key(adapter, path) in self.resting else None
             if wanted != current:
-                self.resting[_key(current, path)] = model.get_submodule(path)
-                model.set_submodule(path, self.resting.pop(_key(wanted, path)))
+                self.resting[resting_key(current, path)] = model.get_submodule(path)
+                model.set_submodule(path, self.resting.pop(resting_key(wanted, path)))
                 self.placed[path] = wanted
 
 
-def _key(adapter: str | None, path: str) -> str:
+def resting_key(adapter: str | None, path: str) -> str:
     """A child's name: dots are not allowed, and no adapter's name holds a colon."""
     return f"{adapter or ''}:{path.replace('.', '/')}"
 
@@ -104,7 +107,7 @@ def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: li
     """Paths of the modules that ``names`` end, outermost ones only.
 
     Raises:
-        ValueError: a name fits no module, or one that holds an adapted attention or is held by one.
+        ValueError: a name fits no module, or one that holds an adapted module or is held by one.
     """
     paths: list[str] = []
     for name in names or []:
@@ -116,7 +119,7 @@ def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: li
     for path in outermost:
         clash = next((site for site in site_names if site == path or _inside(site, path) or _inside(path, site)), None)
         if clash is not None:
-            raise ValueError(f"modules_to_save: {path!r} and the adapted attention {clash!r} lie one within the other")
+            raise ValueError(f"modules_to_save: {path!r} and the adapted {clash!r} lie one within the other")
     return outermost
 
 

@@ -6,22 +6,29 @@ methods more. Unlike a bound method stored on the instance, that survives ``copy
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-# The class attribute that says what a look-alike stands for.
+# What answers in place of a module's forward: called with the module, the forward it stands before (which takes the
+# module as well), and then the call's own arguments.
+Replacement = Callable[..., Any]
+
+# Class attributes of a look-alike: the class it stands for, the classes it is made of, the forwards it has besides.
 BASE_CLASS = "_fast_prompt_base_class"
+BASES = "_fast_prompt_bases"
+REPLACEMENTS = "_fast_prompt_replacements"
 
 # Accelerate's hooks put their own ``forward`` on an instance and keep the class's, bound, under this name.
 _HOOKED_FORWARD = "_old_forward"
 
 
 @functools.cache
-def look_alike(bases: tuple[type, ...], forward: Callable[..., Any] | None = None) -> type:
-    """A subclass of ``bases`` that has the last one's name and, if given, another ``forward``.
+def look_alike(bases: tuple[type, ...], replacements: tuple[Replacement, ...] = ()) -> type:
+    """A subclass of ``bases`` that has the last one's name, and the ``replacements`` before its forward, first inmost.
 
     The name is the same because ``transformers`` finds a model's output recorders, and ``Trainer`` its labels, by it.
     """
@@ -30,10 +37,30 @@ def look_alike(bases: tuple[type, ...], forward: Callable[..., Any] | None = Non
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        BASE_CLASS: getattr(base, BASE_CLASS, base),
+        BASES: bases,
+        REPLACEMENTS: replacements,
     }
-    if forward is not None:
-        members["forward"] = forward
-    return type(base.__name__, bases, {**members, BASE_CLASS: base})
+    if replacements:
+        members["forward"] = functools.reduce(_stand_before, replacements, base.forward)  # type: ignore[attr-defined]
+    return type(base.__name__, bases, members)
+
+
+def _stand_before(forward: Callable[..., Any], replacement: Replacement) -> Callable[..., Any]:
+    """``replacement`` with ``forward`` at hand; its signature is the old one and its own keyword-only parameters."""
+
+    @functools.wraps(forward)
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, forward, *args, **kwargs)
+
+    replaced.__signature__ = _joined(inspect.signature(forward), inspect.signature(replacement))  # type: ignore[attr-defined]
+    return replaced
+
+
+def _joined(old: inspect.Signature, new: inspect.Signature) -> inspect.Signature:
+    added = [p for name, p in new.parameters.items() if p.kind is p.KEYWORD_ONLY and name not in old.parameters]
+    parameters = sorted([*old.parameters.values(), *added], key=lambda parameter: parameter.kind)
+    return old.replace(parameters=parameters)
 
 
 def base_class(module: nn.Module) -> Any:
@@ -41,19 +68,23 @@ def base_class(module: nn.Module) -> Any:
     return getattr(type(module), BASE_CLASS, type(module))
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let ``forward(self, ...)`` answer for this one module; ``base_class(self).forward`` is the old one."""
-    module.__class__ = look_alike((base_class(module),), forward)
-    _rebind(module)
+def replace_forward(module: nn.Module, replacement: Replacement) -> None:
+    """Let ``replacement(self, forward, ...)`` answer for this one module, with its forward until now at hand."""
+    _dress(module, (*_replacements(module), replacement))
 
 
-def restore_forward(module: nn.Module) -> None:
-    """Undo ``replace_forward``."""
-    module.__class__ = base_class(module)
-    _rebind(module)
+def restore_forward(module: nn.Module, replacement: Replacement) -> None:
+    """Undo ``replace_forward``; other replacements stay."""
+    _dress(module, tuple(each for each in _replacements(module) if each is not replacement))
 
 
-def _rebind(module: nn.Module) -> None:
+def _replacements(module: nn.Module) -> tuple[Replacement, ...]:
+    return getattr(type(module), REPLACEMENTS, ())
+
+
+def _dress(module: nn.Module, replacements: tuple[Replacement, ...]) -> None:
+    bases = getattr(type(module), BASES, (type(module),))
+    module.__class__ = look_alike(bases, replacements) if replacements or len(bases) > 1 else bases[0]
     if _HOOKED_FORWARD in module.__dict__:
         module.__dict__[_HOOKED_FORWARD] = MethodType(type(module).forward, module)
 

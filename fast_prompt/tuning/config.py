@@ -1,5 +1,6 @@
 """What every method's config shares: its dictionary form and its file."""
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -27,14 +28,11 @@ class MethodConfig:
     """Base of the methods' configs: subclasses are dataclasses that set ``method`` and say how to adapt a model.
 
     Attributes:
-        target_modules: names of the attention modules to adapt, in place of those known for the architecture: a list
-            of module names or their endings, or one regular expression that must match the whole name.
         modules_to_save: names (or their endings) of modules to train and save in full, such as ``["classifier"]``.
     """
 
     method: ClassVar[str]
 
-    target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
 
     def __init_subclass__(cls) -> None:
@@ -42,10 +40,8 @@ class MethodConfig:
         CONFIG_CLASSES[cls.method] = cls
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target_modules, str) and self.target_modules is not None:
-            self.target_modules = _names("target_modules", self.target_modules)
         if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+            self.modules_to_save = check_names("modules_to_save", self.modules_to_save)
 
     def find_sites(self, model: nn.Module) -> Sequence[Site]:
         """The places in ``model`` that this config adapts; ValueError when there are none."""
@@ -55,13 +51,22 @@ class MethodConfig:
         """A newly initialised module for ``site``, on its device."""
         raise NotImplementedError
 
-    def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite:
-        """``adapter`` merged with the frozen weights around it, for inference; ValueError where that is not exact."""
-        raise ValueError(f"{self.method}: this method cannot be folded into the weights around it")
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the base model's own parameters that train, each adapter a copy of its own; none by default."""
+        return []
+
+    def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite | None:
+        """``adapter`` merged with the frozen weights around it, for inference; None where it runs on as it is.
+
+        Raises:
+            ValueError: it should be merged, but that would not be exact.
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The method's name under ``"method"``, and every setting."""
-        return {"method": self.method, **dataclasses.asdict(self)}
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"method": self.method, **copy.deepcopy(settings)}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into ``save_directory`` (made if missing), replacing an old one at once."""
@@ -103,7 +108,8 @@ def config_bytes(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _names(field: str, value: object) -> list[str]:
+def check_names(field: str, value: object) -> list[str]:
+    """The list of module names that ``value`` is; ValueError names the ``field`` otherwise."""
     if not isinstance(value, (list, tuple, set)) or not value or not all(isinstance(v, str) and v for v in value):
         raise ValueError(f"{field}: expected a list of module names, got {value!r}")
     return sorted(value) if isinstance(value, set) else list(value)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,28 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fast_prompt.tuning.adapters import CHILD, FOLDED_CHILD, SavedModules, SiteAdapters, check_adapter_name
+from fast_prompt.tuning.adapters import FOLDED_CHILD, SavedModules, SiteAdapters, check_adapter_name
 from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
+from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
 from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.parameters import SavedParameters
 from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
     AdapterState,
     Draft,
+    Parts,
     base_in,
     check_fit,
     copy_into,
     describe_base,
-    site_prefix,
+    tensors_in,
     tensors_of,
 )
 
-# The model's child that keeps modules_to_save out of use.
+# The model's children that keep modules_to_save, and parameters that train, out of use.
 SAVED = "fast_prompt_modules"
+SAVED_PARAMETERS = "fast_prompt_parameters"
 
 # ``transformers``' own sign that adapters sit in a frozen model: it then trains quantized bases, and lets gradients
 # into the first block when gradient checkpointing is reentrant (which otherwise would cut every adapter off).
@@ -45,15 +49,19 @@ TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_WEIGHTS_NAME = "model.safetensors"
 
 
-def get_fast_prompt_model(model: nn.Module, config: MethodConfig, adapter_name: str = "default") -> Any:
+def get_fast_prompt_model(
+    model: nn.Module, config: MethodConfig | Sequence[MethodConfig], adapter_name: str = "default"
+) -> Any:
     """Put a new adapter into ``model``, in place, and freeze everything else.
 
-    What trains afterwards is the adapter's own parameters and the modules that ``config.modules_to_save`` names.
-    Unlike a fresh head in ``transformers``, nothing trains that is not asked for.
+    What trains afterwards is the adapter's own parameters, the modules that ``config.modules_to_save`` names and what
+    the method trains of the base, each a copy of its own. Unlike a fresh head in ``transformers``, nothing trains that
+    is not asked for.
 
     Args:
         model: a ``transformers`` model, or any module whose attentions ``config.target_modules`` names.
-        config: a method's settings, such as ``fast_prompt.APTConfig()``.
+        config: a method's settings, such as ``fast_prompt.APTConfig()``, or a list of several methods' that make one
+            adapter together.
         adapter_name: letters, digits, ``_`` and ``-``.
 
     Returns:
@@ -65,9 +73,7 @@ def get_fast_prompt_model(model: nn.Module, config: MethodConfig, adapter_name: 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, MethodConfig):
-        raise TypeError(f"config: expected a method's config such as APTConfig, got {type(config).__name__}")
-    return _adapt(model, _draft(model, config, adapter_name), adapter_name)
+    return _adapt(model, _draft(model, as_config(config), adapter_name), adapter_name)
 
 
 def _draft(model: nn.Module, config: MethodConfig, adapter_name: str) -> Draft:
@@ -137,17 +143,19 @@ class FastPromptModel(nn.Module):
 
     # Adapters by name
 
-    def add_adapter(self, adapter_name: str, config: MethodConfig) -> None:
+    def add_adapter(self, adapter_name: str, config: MethodConfig | Sequence[MethodConfig]) -> None:
         """Add a new adapter beside the others, without using it yet (``set_adapter`` does).
+
+        Args:
+            adapter_name: letters, digits, ``_`` and ``-``.
+            config: a method's settings, or a list of several methods'.
 
         Raises:
             ValueError: the name is taken, or the config does not fit the model, which is then unchanged.
             RuntimeError: the model is folded.
         """
         self._refuse_while_folded("add an adapter")
-        if not isinstance(config, MethodConfig):
-            raise TypeError(f"config: expected a method's config such as APTConfig, got {type(config).__name__}")
-        self._attach(adapter_name, self._new_draft(adapter_name, config))
+        self._attach(adapter_name, self._new_draft(adapter_name, as_config(config)))
 
     def set_adapter(self, adapter_name: str) -> None:
         """Use the adapter ``adapter_name`` and let it train; the others rest, frozen.
@@ -160,8 +168,8 @@ class FastPromptModel(nn.Module):
         self._check_known(adapter_name)
         self._fast_prompt.active = adapter_name
         for name in self._fast_prompt.configs:
-            for module in self._parts(name).values():
-                module.requires_grad_(name == adapter_name)
+            for part in self._parts(name).values():
+                part.requires_grad_(name == adapter_name)
         self._use_active()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -206,9 +214,8 @@ class FastPromptModel(nn.Module):
         self._use_active()
         for name in list(state.configs):
             self._detach(name)
-        if hasattr(self, SAVED):
-            delattr(self, SAVED)
-        for attribute in (*state.own_attributes, "_fast_prompt"):
+        kept = [child for child in (SAVED, SAVED_PARAMETERS) if hasattr(self, child)]
+        for attribute in (*kept, *state.own_attributes, "_fast_prompt"):
             delattr(self, attribute)
         self.__class__ = base_class(self)
         for name, parameter in self.named_parameters():
@@ -367,27 +374,29 @@ class FastPromptModel(nn.Module):
         if not state.enabled:
             raise RuntimeError("fold: the adapters are disabled here")
         config, name = state.configs[state.active], state.active
-        folded = [(site, config.fold(self, site, self._adapters(site)[name])) for site in state.sites[name]]
-        for site, merged in folded:
-            restore_forward(self.get_submodule(site.host))
-            for path, forward in merged.forwards.items():
+        drafts = [(site, config.fold(self, site, self._adapters(site)[name])) for site in state.sites[name]]
+        merged = [(site, folded) for site, folded in drafts if folded is not None]
+        if not merged:
+            raise ValueError(f"fold: {config.method} has nothing that merges with the weights around it")
+        for site, folded in merged:
+            self._adapters(site).activate(None)
+            for path, forward in folded.forwards.items():
                 module = self.get_submodule(path)
-                setattr(module, FOLDED_CHILD, merged.module)
+                setattr(module, FOLDED_CHILD, folded.module)
                 replace_forward(module, forward)
-                state.folded.append(path)
+                state.folded[path] = forward
         return self
 
     def unfold(self) -> Self:
         """Undo ``fold()``; nothing happens when the model is not folded."""
         state = self._fast_prompt
-        for path in state.folded:
+        for path, forward in state.folded.items():
             module = self.get_submodule(path)
             delattr(module, FOLDED_CHILD)
-            restore_forward(module)
+            restore_forward(module, forward)
         if state.folded:
-            for site in state.sites[state.active]:
-                replace_forward(self.get_submodule(site.host), site.forward)
-        state.folded = []
+            state.folded = {}
+            self._use_active()
         return self
 
     # Within
@@ -395,41 +404,57 @@ class FastPromptModel(nn.Module):
     def _attach(self, name: str, draft: Draft) -> None:
         """Put a checked draft into the model, frozen and not in use."""
         state = self._fast_prompt
+        replaced = set(state.forwards())
         for site, module in draft.sites:
             host = self.get_submodule(site.host)
-            if not hasattr(host, CHILD):
-                setattr(host, CHILD, SiteAdapters(host))
-                replace_forward(host, site.forward)
+            if not hasattr(host, site.child):
+                setattr(host, site.child, SiteAdapters(host))
+            for path, forward in site.forwards:
+                if (path, forward) not in replaced:
+                    replace_forward(self.get_submodule(path), forward)
+                    replaced.add((path, forward))
             module.train(host.training).requires_grad_(False)
             self._adapters(site)[name] = module
         if draft.saved and not hasattr(self, SAVED):
             setattr(self, SAVED, SavedModules().train(self.training))
         for path, module in draft.saved.items():
             self._saved().add(name, path, module.requires_grad_(False))
+        if draft.parameters and not hasattr(self, SAVED_PARAMETERS):
+            setattr(self, SAVED_PARAMETERS, SavedParameters().train(self.training))
+        for path, parameter in draft.parameters.items():
+            parameter.requires_grad_(False)
+            self._saved_parameters().add(name, self, path, parameter)
         state.configs[name] = draft.config
         state.sites[name] = [site for site, _ in draft.sites]
 
     def _detach(self, name: str) -> None:
         """Remove an adapter that is not in use, and what it leaves empty."""
         state = self._fast_prompt
+        needed = state.forwards()
         for site in state.sites.pop(name):
             del self._adapters(site)[name]
             if not self._adapters(site):
-                host = self.get_submodule(site.host)
-                delattr(host, CHILD)
-                restore_forward(host)
+                delattr(self.get_submodule(site.host), site.child)
+            for path, forward in site.forwards:
+                needed[path, forward] -= 1
+                if not needed[path, forward]:
+                    restore_forward(self.get_submodule(path), forward)
         if hasattr(self, SAVED):
             self._saved().remove(name)
+        if hasattr(self, SAVED_PARAMETERS):
+            self._saved_parameters().remove(name)
         del state.configs[name]
 
     def _use_active(self) -> None:
         """Let sites and modules in place follow the state."""
         state = self._fast_prompt
         active = state.active if state.enabled else None
-        for site in {site.host: site for sites in state.sites.values() for site in sites}.values():
+        for site in {(site.host, site.child): site for sites in state.sites.values() for site in sites}.values():
             self._adapters(site).activate(active)
         if hasattr(self, SAVED):
             self._saved().place(self, active)
+        if hasattr(self, SAVED_PARAMETERS):
+            self._saved_parameters().place(self, active)
 
     def _new_draft(self, name: str, config: MethodConfig) -> Draft:
         """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""
@@ -439,31 +464,36 @@ class FastPromptModel(nn.Module):
         with self.disable_adapter():
             return Draft.build(self, config)
 
-    def _parts(self, name: str) -> dict[str, nn.Module]:
-        """Every module of an adapter, under the prefix of its tensors' names in a file."""
-        parts = {site_prefix(site): self._adapters(site)[name] for site in self._fast_prompt.sites[name]}
+    def _parts(self, name: str) -> Parts:
+        """Everything of an adapter, under the prefix of its tensors' names in a file."""
+        parts: dict[str, nn.Module | nn.Parameter] = {
+            site.prefix: self._adapters(site)[name] for site in self._fast_prompt.sites[name]
+        }
         if hasattr(self, SAVED):
             parts |= self._saved().of(self, name)
+        if hasattr(self, SAVED_PARAMETERS):
+            parts |= self._saved_parameters().of(self, name)
         return parts
 
     def _gathered(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """An adapter's tensors out of a whole model's state, named as in its file."""
-        paths = {module: path for path, module in self.named_modules()}
+        own = {id(value): key for key, value in self.state_dict(keep_vars=True).items()}
         parts = self._parts(name).items()
-        return {
-            f"{prefix}.{key}": state_dict[f"{paths[module]}.{key}"]
-            for prefix, module in parts
-            for key in module.state_dict()
-        }
+        return {key: state_dict[own[id(value)]] for prefix, part in parts for key, value in tensors_in(prefix, part)}
 
     def _adapters(self, site: Site) -> SiteAdapters:
-        adapters = getattr(self.get_submodule(site.host), CHILD)
+        adapters = getattr(self.get_submodule(site.host), site.child)
         assert isinstance(adapters, SiteAdapters)
         return adapters
 
     def _saved(self) -> SavedModules:
         saved = getattr(self, SAVED)
         assert isinstance(saved, SavedModules)
+        return saved
+
+    def _saved_parameters(self) -> SavedParameters:
+        saved = getattr(self, SAVED_PARAMETERS)
+        assert isinstance(saved, SavedParameters)
         return saved
 
     def _check_known(self, name: str) -> None:
@@ -482,7 +512,7 @@ def _read_config(directory: Path) -> tuple[MethodConfig, str]:
     return MethodConfig.from_dict(values, origin=str(path)), base_in(values, path)
 
 
-def _load_into(parts: dict[str, nn.Module], directory: Path, made_for: str) -> None:
+def _load_into(parts: Parts, directory: Path, made_for: str) -> None:
     """Read the weights in ``directory``, check them, and only then copy them into ``parts``."""
     path = directory / WEIGHTS_NAME
     tensors = read_tensors(path)

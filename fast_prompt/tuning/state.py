@@ -1,14 +1,21 @@
 """What an adapted model remembers, and an adapter that is not yet part of one."""
 
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fast_prompt.tuning.adapters import CHILD, find_saved_modules, trainable_copy
+from fast_prompt.tuning.adapters import find_saved_modules, trainable_copy
+from fast_prompt.tuning.classes import Replacement
 from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.parameters import trainable_parameters
 from fast_prompt.tuning.site import Site
+
+# What an adapter consists of, by the prefix of its tensors' names in a file.
+Parts = Mapping[str, nn.Module | nn.Parameter]
 
 # Names listed in full before an error says how many more there are.
 LISTED = 4
@@ -26,7 +33,7 @@ class AdapterState:
         active: the adapter in use while adapters are enabled.
         enabled: False inside ``disable_adapter()``.
         own_attributes: names of plain attributes set on the model, for ``revert`` to delete.
-        folded: the paths whose forward is replaced while the model is folded; empty otherwise.
+        folded: the paths whose forward is replaced while the model is folded, with what replaces it; empty otherwise.
     """
 
     requires_grad: dict[str, bool]
@@ -36,7 +43,11 @@ class AdapterState:
     sites: dict[str, list[Site]] = field(default_factory=dict)
     enabled: bool = True
     own_attributes: list[str] = field(default_factory=list)
-    folded: list[str] = field(default_factory=list)
+    folded: dict[str, Replacement] = field(default_factory=dict)
+
+    def forwards(self) -> Counter[tuple[str, Replacement]]:
+        """Every replaced forward by path and replacement: how many sites need it."""
+        return Counter(each for sites in self.sites.values() for site in sites for each in site.forwards)
 
 
 @dataclass
@@ -47,42 +58,54 @@ class Draft:
         config: its settings.
         sites: where its modules go, with the modules.
         saved: paths of the modules that train in full, with their copies.
+        parameters: names of the base model's further parameters that train, with their copies.
     """
 
     config: MethodConfig
     sites: list[tuple[Site, nn.Module]]
     saved: dict[str, nn.Module]
+    parameters: dict[str, nn.Parameter]
 
     @classmethod
     def build(cls, model: nn.Module, config: MethodConfig) -> "Draft":
         """Build what ``config`` asks for; ValueError if it does not fit the model, which is left as it was."""
         sites = config.find_sites(model)
+        _check_apart(sites)
         paths = find_saved_modules(model, config.modules_to_save, [site.name for site in sites])
         saved = {path: trainable_copy(model.get_submodule(path)) for path in paths}
-        return cls(config, [(site, config.build(model, site)) for site in sites], saved)
+        parameters = trainable_parameters(model, config.trained_parameters(model), paths)
+        return cls(config, [(site, config.build(model, site)) for site in sites], saved, parameters)
 
-    def parts(self) -> dict[str, nn.Module]:
-        """Every module of the adapter, under the prefix of its tensors' names in a file."""
-        return {site_prefix(site): module for site, module in self.sites} | self.saved
-
-
-def site_prefix(site: Site) -> str:
-    """What a site's tensors are named by in an adapter's file: the name does not hold the adapter's."""
-    return f"{site.name}.{CHILD}"
+    def parts(self) -> Parts:
+        """Everything of the adapter, under the prefix of its tensors' names in a file."""
+        return {site.prefix: module for site, module in self.sites} | self.saved | self.parameters
 
 
-def tensors_of(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _check_apart(sites: Sequence[Site]) -> None:
+    """Two sites of one adapter keep their modules apart."""
+    for (host, child), number in Counter((site.host, site.child) for site in sites).items():
+        if number > 1:
+            raise ValueError(f"config: two methods add to {host!r} as {child!r}; use one of them only")
+
+
+def tensors_in(prefix: str, part: nn.Module | nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one part of an adapter (the very ones that train), named as in its file."""
+    if isinstance(part, nn.Parameter):
+        yield prefix, part
+    else:
+        yield from ((f"{prefix}.{name}", value) for name, value in part.state_dict(keep_vars=True).items())
+
+
+def tensors_of(parts: Parts) -> dict[str, Tensor]:
     """The tensors of an adapter's parts, named as in its file."""
-    return {
-        f"{prefix}.{name}": value for prefix, module in parts.items() for name, value in module.state_dict().items()
-    }
+    return {name: value for prefix, part in parts.items() for name, value in tensors_in(prefix, part)}
 
 
-def check_fit(parts: dict[str, nn.Module], tensors: dict[str, Tensor], origin: str, made_for: str) -> None:
+def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: str) -> None:
     """Raise a ValueError that names what differs unless ``tensors`` has exactly the names and shapes of ``parts``.
 
     Args:
-        parts: the modules to load into.
+        parts: what to load into.
         tensors: a file's contents.
         origin: the file's name.
         made_for: the base model that the file says it was made for.
@@ -108,8 +131,8 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def copy_into(parts: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
-    """Copy checked ``tensors`` into the modules' own, in place, so that optimizers keep their parameters."""
+def copy_into(parts: Parts, tensors: dict[str, Tensor]) -> None:
+    """Copy checked ``tensors`` into the parts' own, in place, so that optimizers keep their parameters."""
     with torch.no_grad():
         for name, value in tensors_of(parts).items():
             value.copy_(tensors[name])

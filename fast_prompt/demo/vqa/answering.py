@@ -1,0 +1,136 @@
+"""A trained adapter with all it needs to answer a question about an image: saved, loaded, asked."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ViTConfig, ViTModel
+
+from fast_prompt.demo.vqa import language
+from fast_prompt.demo.vqa.data import IMAGE_HEIGHT, IMAGE_WIDTH
+from fast_prompt.demo.vqa.vocabulary import Vocabulary
+from fast_prompt.models.visual import VisualEncoder
+from fast_prompt.tuning import FastPromptModel
+from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+
+# Beside the adapter's own files: what it answers with, and the image encoder.
+ANSWERS_NAME = "answers.json"
+VISION = "vision"
+VISION_CONFIG, VISION_WEIGHTS = "config.json", "model.safetensors"
+
+WIDEST_STRETCH = 1.25  # an image may be so much wider or narrower than three squares
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A language model with visual prompts, its image encoder and its answers.
+
+    Attributes:
+        model: the adapted language model.
+        encoder: images to visual tokens.
+        reader: questions to tokens.
+        vocabulary: the answers to choose from.
+    """
+
+    model: Any
+    encoder: VisualEncoder
+    reader: language.Reader
+    vocabulary: Vocabulary
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter, the encoder and the vocabulary into `directory`; of the language model, only its name."""
+        self.model.save_pretrained(directory)
+        facts = {"language_model": language.DISTRIBUTION, "answers": self.vocabulary.answers}
+        vision: Any = self.encoder.model
+        write_atomically(
+            {
+                directory / ANSWERS_NAME: (json.dumps(facts, indent=2) + "\n").encode(),
+                directory / VISION / VISION_CONFIG: vision.config.to_json_string().encode(),
+                directory / VISION / VISION_WEIGHTS: tensor_bytes(vision.state_dict()),
+            }
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> "Answerer":
+        """Read what `save` wrote, into a fresh language model.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is broken or foreign; the message names it.
+            ModuleNotFoundError: the language model is not installed.
+        """
+        facts = read_json(directory / ANSWERS_NAME)
+        answers = facts.get("answers")
+        if facts.get("language_model") != language.DISTRIBUTION or not isinstance(answers, list) or not answers:
+            raise ValueError(f"{directory / ANSWERS_NAME}: expected answers of {language.DISTRIBUTION}, got {facts}")
+        vision = ViTModel(ViTConfig(**read_json(directory / VISION / VISION_CONFIG)), add_pooling_layer=False)
+        weights = directory / VISION / VISION_WEIGHTS
+        try:
+            vision.load_state_dict(read_tensors(weights))
+        except RuntimeError as error:  # names or shapes
+            raise ValueError(f"{weights}: does not fit the {VISION_CONFIG} beside it") from error
+        model = FastPromptModel.from_pretrained(language.pretrained(), directory).eval()
+        vocabulary, expected = Vocabulary(answers), model.adapter_configs[model.active_adapter].num_answers
+        if len(vocabulary) != expected:
+            raise ValueError(f"{directory / ANSWERS_NAME}: {len(vocabulary)} answers, and the adapter has {expected}")
+        return cls(model, frozen(vision), language.Reader(), vocabulary)
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor, question: str) -> dict[str, float]:
+        """Of every answer to one question about one image [1, 8, 24], the likeliest first.
+
+        Raises:
+            ValueError: the question is empty, or longer than the model can read.
+        """
+        tokens = self.reader([question])
+        logits = self.model(**tokens, visual_embeds=self.encoder(pixels[None])).logits[0]
+        pairs = zip(self.vocabulary.answers, logits.softmax(-1).tolist(), strict=True)
+        return dict(sorted(pairs, key=lambda pair: -pair[1]))
+
+
+def answer(adapter: Path, image: Path, question: str) -> dict[str, float]:
+    """What the adapter in a directory answers to one question about one image file: see `fast_prompt.demo.answer`."""
+    pixels = read_image(image)
+    return Answerer.load(adapter).probabilities(pixels, question)
+
+
+def frozen(vision: Any) -> VisualEncoder:
+    """The vision transformer as the source of visual tokens: its normed last hidden states, CLS included."""
+    return VisualEncoder(vision, hidden_state=None)
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as pixels [1, 8, 24] in [-1, 1], bright strokes on dark.
+
+    Any format that Pillow reads, in colour or grey, and any size about three times as wide as high; it is scaled
+    down or up to 8 x 24. Dark strokes on a bright ground are turned round.
+
+    Raises:
+        ValueError: the file is missing, no image, broken, or of another shape.
+    """
+    try:
+        with Image.open(path) as image:
+            grey = image.convert("L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    stretch = grey.width / grey.height / (IMAGE_WIDTH / IMAGE_HEIGHT)
+    if not 1 / WIDEST_STRETCH <= stretch <= WIDEST_STRETCH:
+        raise ValueError(
+            f"{path}: expected three digits side by side, about three times as wide as high, got {grey.width} x "
+            f"{grey.height}"
+        )
+    scaled = grey.resize((IMAGE_WIDTH, IMAGE_HEIGHT), Image.Resampling.BOX)
+    levels = torch.tensor(list(scaled.tobytes()), dtype=torch.float32).view(1, IMAGE_HEIGHT, IMAGE_WIDTH)
+    if levels.mean() > 127.5:
+        levels = 255 - levels
+    return levels / 127.5 - 1
+
+
+def write_image(pixels: Tensor, path: Path) -> None:
+    """Pixels [1, 8, 24] in [-1, 1] as a grey image file."""
+    levels = ((pixels[0] + 1) * 127.5).round().to(torch.uint8)
+    Image.fromarray(levels.numpy()).save(path)

@@ -1,0 +1,109 @@
+"""LLaMA: prompts enter before the text, each sees those before it, and all text sees them.
+
+The text keeps its rotary positions; the prompts take those just before its first real token, whatever the padding.
+Only differences of positions count, so this is the same as prompts at 0 … m - 1 with the text behind them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast_prompt.models.visual.call import VisualPrompts, check_length
+from fast_prompt.models.visual.masks import add_causal_queries, add_keys
+from fast_prompt.models.visual.prompter import first_real, pool_last
+
+
+def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
+    """Give text and prompts their positions.
+
+    Args:
+        model: the adapted model.
+        prompts: what the blocks will get.
+        inputs: the forward's arguments by name.
+
+    Raises:
+        ValueError: text and prompts together are longer than the model's limit; the cache was filled without prompts;
+            or the labels lie in the text that the query is pooled from.
+    """
+    prompter, stack = prompts.prompter, model.get_submodule(prompts.prompter.stack)
+    text = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+    (batch, length), cache = text.shape[:2], inputs.get("past_key_values")
+    _check_labels(prompts, inputs.get("labels"), length)
+    past = _past(prompts, cache)
+    check_length(past + length + prompts.number, stack.config.max_position_embeddings, "tokens, prompts included,")
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = torch.arange(past, past + length, device=text.device).unsqueeze(0)
+    if not prompts.cached:
+        positions = inputs["position_ids"].expand(batch, -1)
+        first = positions.gather(1, first_real(prompts.mask, length, text.device, batch).unsqueeze(1))
+        before = first + torch.arange(-prompts.number, 0, device=text.device)
+        dtype = next(stack.embed_tokens.parameters()).dtype
+        angles = stack.rotary_emb(torch.empty(0, dtype=dtype, device=text.device), torch.cat([before, positions], 1))
+        prompts.place = tuple(each[:, : prompts.number] for each in angles)
+    elif prompter.layer == 0:
+        # The model makes its mask as long as the first block's cache, which holds the prompts too.
+        inputs["attention_mask"] = add_keys(inputs["attention_mask"], prompts.number)
+
+
+def _past(prompts: VisualPrompts, cache: Any) -> int:
+    """How many text tokens the cache holds; where it holds any, it must hold the prompts too."""
+    if not prompts.cached:
+        return 0
+    layer, number = prompts.prompter.layer, prompts.number
+    past = int(cache.get_seq_length())
+    if layer == 0:
+        return past - number
+    if int(cache.get_seq_length(layer)) != past + number:
+        raise ValueError("past_key_values: the cache was filled, or cropped, without the visual prompts")
+    return past
+
+
+def _check_labels(prompts: VisualPrompts, labels: Tensor | None, length: int) -> None:
+    if labels is None or labels.dim() != 2 or labels.shape[1] != length or prompts.prompter.answer_token_id is not None:
+        return
+    raise ValueError(
+        "labels: they lie in the text from which the prompts' query is pooled, so that the prompts would tell the "
+        "model its answer; set DVPConfig.answer_token_id to the token before the answer"
+    )
+
+
+def block_forward(
+    self: Any,
+    forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    visual_prompts: VisualPrompts | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A block's forward: prompts enter before block K, stay in the later ones, and leave after the last."""
+    layer = self.self_attn.layer_idx
+    if visual_prompts is None or layer < visual_prompts.prompter.layer:
+        return forward(self, hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
+    number, cached = visual_prompts.number, visual_prompts.cached
+    if layer == visual_prompts.prompter.layer:
+        hidden_states = visual_prompts.enter(hidden_states, hidden_states)
+    if not cached:
+        assert position_embeddings is not None
+        attention_mask = add_causal_queries(add_keys(attention_mask, number), number)
+        position_embeddings = _with_prompts(visual_prompts.place, position_embeddings)
+    elif visual_prompts.prompter.layer > 0:
+        attention_mask = add_keys(attention_mask, number)
+    output = forward(self, hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
+    return visual_prompts.leave(output, layer)
+
+
+def _with_prompts(prompts: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = (
+        torch.cat([first.to(each), each.expand(len(first), -1, -1)], 1)
+        for first, each in zip(prompts, text, strict=True)
+    )
+    return cos, sin
+
+
+def read_out(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The text's last real token."""
+    return pool_last(hidden, mask)

@@ -1,0 +1,44 @@
+"""The bottleneck adapter, as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from fast_prompt.nn import checks
+
+
+class BottleneckAdapter(nn.Module):
+    """``y = x + W_up ReLU(W_down x)``, each row by itself.
+
+    Args:
+        dim: d, the width of x.
+        width: the bottleneck's width.
+        device: where the parameters live.
+        dtype: the parameters' dtype; a narrower ``x`` is widened to it and the result rounded back.
+
+    Attributes:
+        down_proj: linear, d to the bottleneck; weight from N(0, 0.01), bias 0.
+        up_proj: linear, back to d; weight from N(0, 0.01), bias 0.
+
+    Raises:
+        ValueError: a width is out of range.
+
+    Source: "Adapting Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Prompting",
+    arXiv 2306.00409, section 4.
+    """
+
+    def __init__(
+        self, dim: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        checks.check_count("dim", dim)
+        checks.check_count("width", width)
+        self.down_proj = nn.Linear(dim, width, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(width, dim, device=device, dtype=dtype)
+        for linear in (self.down_proj, self.up_proj):
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., d] to [..., d], dtype of ``x``."""
+        narrow = torch.relu(self.down_proj(x.to(self.down_proj.weight.dtype)))
+        return x + self.up_proj(narrow).to(x.dtype)

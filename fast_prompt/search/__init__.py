@@ -1,0 +1,6 @@
+"""Finding the architecture: a bandit over the parts of a model, and the searches that draw from it."""
+
+from fast_prompt.search.bandit import Bandit
+from fast_prompt.search.dvp import DVPSearch, SearchSettings
+
+__all__ = ["Bandit", "DVPSearch", "SearchSettings"]

@@ -1,0 +1,45 @@
+"""The picture of a search: each arm's preference over time."""
+
+import importlib
+from pathlib import Path
+
+from torch import Tensor
+
+INK, FAINT, BEST = "#222222", "#A6A6A6", "#D55E00"
+GAP = 0.045  # least distance of two labels, share of the axes' height
+
+
+def plot_preferences(history: Tensor, path: Path | str, arm: str = "layer") -> None:
+    """Draws one line an arm, the best one's in colour.
+
+    Args:
+        history: preferences after each step, [steps, arms].
+        path: of the picture; its ending says which format.
+        arm: what an arm is.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    mpl = importlib.import_module("matplotlib")
+    figures = importlib.import_module("matplotlib.figure")
+    last = history[-1]
+    best = int(last.argmax())
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "text.color": INK}):
+        figure = figures.Figure(figsize=(9, 5.2), dpi=150, facecolor="white", layout="constrained")
+        axes = figure.add_subplot()
+        for index, line in enumerate(history.T.tolist()):
+            color, width = (BEST, 2.4) if index == best else (FAINT, 1.3)
+            axes.plot(range(1, len(line) + 1), line, color=color, linewidth=width, zorder=3 if index == best else 2)
+        bottom, top = axes.get_ylim()
+        height = -float("inf")
+        for index in last.argsort().tolist():
+            height = max(height + GAP * (top - bottom), last[index].item())
+            style = {"color": BEST, "weight": "bold"} if index == best else {"color": INK}
+            end = (len(history), height)
+            axes.annotate(f"{arm} {index}", end, xytext=(6, 0), textcoords="offset points", va="center", **style)
+        axes.set_title(f"Which {arm} is worth most: preferences learned from rewards", loc="left", weight="bold")
+        axes.set_xlabel("step")
+        axes.set_ylabel("preference")
+        axes.grid(axis="y", color="#EBEBEB")
+        axes.set_axisbelow(True)
+        figure.savefig(path)
