@@ -57,7 +57,7 @@ CASES = (
     Case("ragged", 3, 2, 13, 3, 10, 50),
     Case("one of each", 1, 1, 1, 1, 1, 1),
     Case("one head", 2, 3, 17, 1, 24, 32),
-    Case("model width", 2, 1, 50, 12, 64, 768),
+    Case("model width", 1, 1, 20, 12, 64, 768),
     Case("many tokens", 1, 1, 700, 2, 16, 48),
     Case("four queries", 2, 4, 37, 12, 8, 96),
     Case("many queries", 2, 20, 29, 4, 16, 64),

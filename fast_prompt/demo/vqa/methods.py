@@ -132,10 +132,15 @@ class Method:
     build: Callable[[Settings, int, int], nn.Module]
     trains_in_full: bool = False
 
+    def epochs(self, settings: Settings) -> int:
+        """How often it sees the training questions."""
+        return settings.full_epochs if self.trains_in_full else settings.epochs
+
     def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """AdamW at the settings' peak rates."""
         rate = settings.full_rate if self.trains_in_full else settings.rate
-        return torch.optim.AdamW(parameter_groups(model, rate, settings.head_rate), weight_decay=WEIGHT_DECAY)
+        groups = parameter_groups(model, rate, settings.head_rate)
+        return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 QUESTION_ONLY = Method("Question only", question_only, trains_in_full=True)

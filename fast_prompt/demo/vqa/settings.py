@@ -17,7 +17,9 @@ class Settings:
         layer: the language model's block that the prompt enters, in every row; what the search finds is shown beside.
         num_prompts: p, APT's prompts in every attention.
         adapter_width: of the bottleneck adapters.
-        epochs, batch_size: of every method.
+        epochs, full_epochs: of methods that leave the language model frozen, and of those that train it in full, whose
+            steps take two to three times as long.
+        batch_size: questions in one step.
         rate, full_rate, head_rate: peak learning rates: of what a method adds, of a language model that trains in full,
             and of the new head.
         search_steps, preference_rate: of the search.
@@ -43,6 +45,7 @@ class Settings:
     num_prompts: int = 16
     adapter_width: int = 48
     epochs: int = 2
+    full_epochs: int = 1
     batch_size: int = 32
     rate: float = 1e-3
     full_rate: float = 1e-4
@@ -50,6 +53,6 @@ class Settings:
     search_steps: int = 300
     preference_rate: float = 0.005
     reward_share: float = 0.1
-    reward_batch: int = 64
+    reward_batch: int = 32
     timing_rounds: int = 7
     shown: int = 8

@@ -77,7 +77,11 @@ def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | 
     answerer = Answerer(chosen.model, encoder, data.encoding.reader, data.encoding.vocabulary)
     reload = _save_and_reload(answerer, output, data, tested[ADAPTERS.name], settings)
     facts = _facts(trained, data, settings, seed)
-    results = Results(NAME, rows, reload, ("question", "question"), facts, pictures=("chart.png", "answers.png"))
+    note = (
+        f"Rows that train the language model in full saw the questions {settings.full_epochs}x, the others "
+        f"{settings.epochs}x."
+    )
+    results = Results(NAME, rows, reload, ("question", "question"), facts, (note,), ("chart.png", "answers.png"))
     if search:
         results = _search(results, data, settings, seed, output)
     results.write(output / "results.json")
@@ -95,7 +99,7 @@ def _train(method: Method, data: Data, settings: Settings, seed: int) -> Trained
     torch.manual_seed(seed)
     model = method.build(settings, len(data.encoding.vocabulary), seed)
     questions = len(data.splits.train)
-    steps = settings.epochs * -(-questions // settings.batch_size)
+    steps = method.epochs(settings) * -(-questions // settings.batch_size)
     with progress(method.name, steps) as bar:
         batches = shuffled_batches(questions, settings.batch_size, seed)
         loss = partial(batch_loss, model, data.train)
