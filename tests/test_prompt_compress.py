@@ -72,7 +72,7 @@ def test_the_papers_formula_by_hand():
 
 
 def test_dropout_keeps_the_sum_of_the_weights_with_the_value_bias():
-    query, visual, keys, values, _, bias = (tensor.detach() for tensor in arguments(50, 1, 16))
+    query, visual, keys, values, _, bias = (tensor.detach() for tensor in arguments(400, 1, 16))
     zero = torch.zeros_like(values)
     output = reference.prompt_compress(
         query, visual, keys, zero, None, torch.ones_like(bias), num_heads=2, dropout_p=0.5, seed=1

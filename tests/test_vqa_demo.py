@@ -114,7 +114,7 @@ def test_search_names_its_layer(two_runs):
     found = results.facts["search"]
     assert found["layer"] in (0, 1)
     assert len(found["preferences"]) == 2
-    assert f"layer {found['layer']}" in results.notes[0]
+    assert f"layer {found['layer']}" in results.notes[-1]
 
 
 def test_the_reloaded_adapter_predicts_the_same(two_runs):

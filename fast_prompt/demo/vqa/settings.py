@@ -32,8 +32,8 @@ class Settings:
     train_per_class: int = 110
     validation_per_class: int = 25
     train_questions: int = 6400
-    validation_questions: int = 1000
-    test_questions: int = 2000
+    validation_questions: int = 500
+    test_questions: int = 1000
     vision_width: int = 128
     vision_layers: int = 4
     vision_heads: int = 4
@@ -50,7 +50,7 @@ class Settings:
     rate: float = 1e-3
     full_rate: float = 1e-4
     head_rate: float = 1e-3
-    search_steps: int = 300
+    search_steps: int = 200
     preference_rate: float = 0.005
     reward_share: float = 0.1
     reward_batch: int = 32
