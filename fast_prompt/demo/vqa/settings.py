@@ -18,7 +18,7 @@ class Settings:
         num_prompts: p, APT's prompts in every attention.
         adapter_width: of the bottleneck adapters.
         epochs, full_epochs: of methods that leave the language model frozen, and of those that train it in full, whose
-            steps take two to three times as long.
+            steps take longer.
         batch_size: questions in one step.
         rate, full_rate, head_rate: peak learning rates: of what a method adds, of a language model that trains in full,
             and of the new head.
