@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from fast_prompt.backends import cpu, cuda, reference, triton
-from fast_prompt.backends.call import CALLS, Call, PromptCompressCall, PromptDiffusionCall
+from fast_prompt.backends.call import CALLS, Call, PromptCompressCall, PromptDiffusionCall, SkipAdapterCall
 from fast_prompt.backends.fastest import first_choice
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Call",
     "PromptCompressCall",
     "PromptDiffusionCall",
+    "SkipAdapterCall",
     "check_backend_name",
     "choose",
     "describe",

@@ -45,9 +45,35 @@ class PromptCompressCall(NamedTuple):
     visual_width: int
 
 
-Call = PromptDiffusionCall | PromptCompressCall
+class SkipAdapterCall(NamedTuple):
+    """One call of ``skip_adapter``.
 
-CALLS: dict[str, type[Call]] = {"prompt_diffusion": PromptDiffusionCall, "prompt_compress": PromptCompressCall}
+    Attributes:
+        device: where x is.
+        dtype: the dtype of x.
+        weight_dtype: the adapters' dtype.
+        width: d, the model's width.
+        adapter_width: w, the width of an adapter's hidden layer.
+        num_adapters: A.
+        num_experts: E, or 0 without gates.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    width: int
+    adapter_width: int
+    num_adapters: int = 1
+    num_experts: int = 0
+
+
+Call = PromptDiffusionCall | PromptCompressCall | SkipAdapterCall
+
+CALLS: dict[str, type[Call]] = {
+    "prompt_diffusion": PromptDiffusionCall,
+    "prompt_compress": PromptCompressCall,
+    "skip_adapter": SkipAdapterCall,
+}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,10 +1,10 @@
 """Plain PyTorch: exists everywhere, takes everything, differentiated by autograd itself."""
 
-from fast_prompt.reference import prompt_compress, prompt_diffusion
+from fast_prompt.reference import prompt_compress, prompt_diffusion, skip_adapter
 
 name = "reference"
 
-__all__ = ["name", "prompt_compress", "prompt_diffusion", "refuses", "unavailable"]
+__all__ = ["name", "prompt_compress", "prompt_diffusion", "refuses", "skip_adapter", "unavailable"]
 
 
 def unavailable() -> str | None:

@@ -16,7 +16,7 @@ class Contender:
     Attributes:
         name: of our own it begins with the backend's.
         kind: what we are measured against, or ours.
-        function: takes the problem's tensors and options.
+        function: takes the problem's tensors and options, by name.
         definition: what ``function`` must agree with, given the same in float64.
     """
 
@@ -38,8 +38,8 @@ def backends_for(op: str, call: Call) -> list[str]:
 def forced(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
     """``function`` with every op in it on ``backend``, or an error."""
 
-    def call(*tensors: Tensor, **options: Any) -> Tensor:
+    def call(*arguments: Any, **options: Any) -> Tensor:
         with use_backend(backend):
-            return function(*tensors, **options)
+            return function(*arguments, **options)
 
     return call

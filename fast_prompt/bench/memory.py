@@ -28,7 +28,7 @@ def saved_bytes(function: Callable[..., Tensor], problem: Problem, parameters: t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # The output lives until the count is made, so that no storage is freed and counted again at its address.
-        output = function(*leaves.values(), **problem.options)
+        output = function(**leaves, **problem.options)
     total = sum(kept.values())
     del output
     return total

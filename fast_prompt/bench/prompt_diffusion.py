@@ -130,8 +130,9 @@ def in_float32(function: Any) -> Any:
     """The same form on float32 copies: faster where the processor multiplies half types slowly."""
 
     @functools.wraps(function)
-    def widened(hidden: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
-        return function(hidden.float(), *(tensor.float() for tensor in tensors), **options).to(hidden.dtype)
+    def widened(**arguments: Any) -> Tensor:
+        wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        return function(**wide).to(next(iter(arguments.values())).dtype)
 
     return widened
 

@@ -230,14 +230,14 @@ def call(contender: Contender, problem: Problem, backward: bool) -> Callable[[],
 
         def forward() -> object:
             with torch.no_grad():
-                return contender.function(*problem.tensors.values(), **problem.options)
+                return contender.function(**problem.tensors, **problem.options)
 
         return forward
     leaves = problem.leaves()
     trained = [leaves[name] for name in problem.trained]
 
     def forward_and_backward() -> object:
-        output = contender.function(*leaves.values(), **problem.options)
+        output = contender.function(**leaves, **problem.options)
         return torch.autograd.grad(output, trained, problem.grad)
 
     return forward_and_backward

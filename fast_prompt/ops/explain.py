@@ -7,10 +7,12 @@ from typing import Any
 from fast_prompt.backends import BackendError, Call, choose, describe, refusals
 from fast_prompt.ops.prompt_compress import call_facts as prompt_compress_facts
 from fast_prompt.ops.prompt_diffusion import call_facts as prompt_diffusion_facts
+from fast_prompt.ops.skip_adapter import call_facts as skip_adapter_facts
 
 CALL_FACTS: dict[str, Callable[..., Call]] = {
     "prompt_diffusion": prompt_diffusion_facts,
     "prompt_compress": prompt_compress_facts,
+    "skip_adapter": skip_adapter_facts,
 }
 
 

@@ -17,7 +17,7 @@ class Problem:
     """The arguments of one forward and backward call.
 
     Attributes:
-        tensors: the op's tensor arguments by name, already rounded to their dtypes, in the order of its signature.
+        tensors: the op's tensor arguments by name, already rounded to their dtypes.
         grad: the incoming gradient, of the output's shape and dtype.
         options: the op's other keyword arguments.
         trained: the names of the tensors that need a gradient.
@@ -42,9 +42,9 @@ def evaluate(function: Callable[..., Tensor], problem: Problem, backward: bool =
     """What ``function`` makes of a problem: ``{"forward": output, name: gradient, ...}``."""
     if not backward:
         with torch.no_grad():
-            return {"forward": function(*problem.tensors.values(), **problem.options)}
+            return {"forward": function(**problem.tensors, **problem.options)}
     leaves = problem.leaves()
-    output = function(*leaves.values(), **problem.options)
+    output = function(**leaves, **problem.options)
     gradients = torch.autograd.grad(output, [leaves[name] for name in problem.trained], problem.grad)
     return {"forward": output.detach(), **dict(zip(problem.trained, gradients, strict=True))}
 

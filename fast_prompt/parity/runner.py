@@ -11,12 +11,16 @@ import torch
 from fast_prompt import ops, reference
 from fast_prompt.backends import BACKENDS, refusals, use_backend
 from fast_prompt.ops.explain import CALL_FACTS
-from fast_prompt.parity import prompt_compress, prompt_diffusion
+from fast_prompt.parity import prompt_compress, prompt_diffusion, skip_adapter
 from fast_prompt.parity.problem import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
 # Each module has CASES, and build(case, dtype, device) that makes a Problem of one.
-OPS: dict[str, ModuleType] = {"prompt_diffusion": prompt_diffusion, "prompt_compress": prompt_compress}
+OPS: dict[str, ModuleType] = {
+    "prompt_diffusion": prompt_diffusion,
+    "prompt_compress": prompt_compress,
+    "skip_adapter": skip_adapter,
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _problem_for(backend: str, op: str, case: Any, dtype: torch.dtype) -> tuple[
     for device in devices():
         with _one_thread():
             problem = OPS[op].build(case, dtype, device)
-        reason = refusals(op, CALL_FACTS[op](*problem.tensors.values(), **problem.options))[backend] or ""
+        reason = refusals(op, CALL_FACTS[op](**problem.tensors, **problem.options))[backend] or ""
         if not reason:
             return problem, ""
     return None, reason
