@@ -20,7 +20,7 @@ from fast_prompt.methods import DVPConfig
 from fast_prompt.search import DVPSearch, SearchSettings
 from fast_prompt.search.arms import Arms
 from fast_prompt.search.bandit import TRIES, Bandit
-from fast_prompt.search.dvp import accuracy
+from fast_prompt.search.search import accuracy
 
 
 def bandit_with(preferences, form="softmax", learning_rate=1.0, seed=0):
@@ -304,13 +304,13 @@ def test_search_finds_the_layer_that_is_rewarded():
 
 def test_rewards_come_from_questions_that_are_never_trained_on():
     layers = search(steps=20)
-    genuine = DVPSearch._batch
+    genuine = DVPSearch.batch
     positions = {"train": layers._training.tolist(), "reward": layers._rewarding.tolist()}
     assert len(positions["train"]) == 30
     assert len(positions["reward"]) == 10
     assert not set(positions["train"]) & set(positions["reward"])
     seen = []
-    layers._batch = lambda chosen: seen.append(chosen.tolist()) or genuine(layers, chosen)
+    layers.batch = lambda chosen: seen.append(chosen.tolist()) or genuine(layers, chosen)
     layers.run()
     assert set(sum(seen[0::2], [])) == set(positions["train"])  # every step trains, then rewards
     assert set(sum(seen[1::2], [])) <= set(positions["reward"])
@@ -374,7 +374,7 @@ def test_search_without_all_checkpoints_goes_on_from_the_last(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path, reward=interrupted, save_every=2).run()
-    assert len(load_file(tmp_path / "search.safetensors")["history"]) in (2, 4)
+    assert len(load_file(tmp_path / "search.safetensors")["state.history"]) in (2, 4)
     again = search(tmp_path, save_every=2)
     again.run()
     assert torch.equal(again.history, whole.history)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fast_prompt.bench import apt_model, machine, prompt_compress, prompt_diffusion
+from fast_prompt.bench import apt_model, machine, prompt_compress, prompt_diffusion, skip_adapter, skip_adapter_run
 from fast_prompt.bench.contender import Contender
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Rates, probes, rates
@@ -21,6 +21,8 @@ from fast_prompt.tolerances import TOLERANCES
 OPS: dict[str, ModuleType] = {
     "prompt_diffusion": prompt_diffusion,
     "prompt_compress": prompt_compress,
+    "skip_adapter": skip_adapter,
+    "skip_adapter_run": skip_adapter_run,
     "apt_model": apt_model,
 }
 PASSES = ("fwd", "fwdbwd")

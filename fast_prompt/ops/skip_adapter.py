@@ -84,7 +84,7 @@ def skip_adapter(
     parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
     _check_options(norm, activation, residual, dropout_p, eps)
     _check(x, parameters, scale, gates, norm, residual)
-    route = None if route is None else _checked_route(x, down_weight, route, gates, kept)
+    chosen = None if route is None else _checked_route(x, down_weight, route, gates, kept)
     if route is None and kept is not None:
         raise ValueError("kept: expected None without a route, got a tensor")
     x, kept = autocast(x), None if kept is None else autocast(kept)
@@ -104,14 +104,14 @@ def skip_adapter(
             eps=eps,
             dropout_p=dropout_p,
             seed=seed,
-            route=route,
+            route=chosen,
         )
     shape = x.shape
     rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1]) if x.dim() < 3 else x.flatten(0, -3)
     stacked = parameters if down_weight.dim() == 3 else [None if p is None else p.unsqueeze(0) for p in parameters]
     scale = None if scale is None else scale.float().reshape(-1)
     tensors = (rows, *stacked, scale, None if gates is None else gates.float(), kept)
-    routing = (None, None) if route is None else _on_device(route, x.device)
+    routing = (None, None) if chosen is None else _on_device(chosen, x.device)
     arguments = (*tensors, *routing, seed, norm, activation, residual, float(eps), float(dropout_p), backend)
     # A custom Function costs as much as the op itself on few rows: only where a gradient may be asked for.
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -212,24 +212,22 @@ def _check_gates(x: Tensor, down_weight: Tensor, gates: Tensor) -> None:
 
 def _checked_route(
     x: Tensor, down_weight: Tensor, route: Sequence[int] | Tensor, gates: Tensor | None, kept: Tensor | None
-) -> Tensor:
-    """The route as int64 [B] on the CPU."""
-    chosen = torch.as_tensor(route)
-    if chosen.dtype.is_floating_point or chosen.dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise TypeError(f"route: expected whole numbers, got {chosen.dtype}")
-    if x.dim() != 3 or tuple(chosen.shape) != (x.shape[0],):
+) -> list[int]:
+    """The route as plain numbers, so that torch.compile can burn it in where it came as such."""
+    chosen = list(route.tolist() if isinstance(route, Tensor) and route.dim() == 1 else route)
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in chosen):
+        raise TypeError(f"route: expected whole numbers, got {route!r}")
+    if x.dim() != 3 or len(chosen) != x.shape[0]:
         raise ValueError(
-            f"route: expected one number for each sample of x [B, n, d], got shape {tuple(chosen.shape)} for x "
-            f"{tuple(x.shape)}"
+            f"route: expected one number for each sample of x [B, n, d], got {len(chosen)} for x {tuple(x.shape)}"
         )
     if gates is not None:
         raise ValueError("route: expected None with gates, got a route")
-    chosen = chosen.to("cpu", torch.int64)
     adapters = down_weight.shape[0] if down_weight.dim() == 3 else 1
-    outside = [number for number in chosen.tolist() if not -1 <= number < adapters]
+    outside = [number for number in chosen if not -1 <= number < adapters]
     if outside:
         raise ValueError(f"route: expected adapters from 0 to {adapters - 1}, or -1 for none, got {outside[0]}")
-    number_kept = int((chosen < 0).sum())
+    number_kept = chosen.count(-1)
     if kept is None:
         if number_kept:
             raise ValueError(f"kept: expected the results of the {number_kept} samples of route -1, got None")
@@ -253,10 +251,10 @@ def _check_dtypes(x: Tensor, parameters: Sequence[Tensor | None], kept: Tensor |
         checks.check_dtype("kept", kept, (x.dtype,), "that of x")
 
 
-def _on_device(route: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The route, and the samples that it keeps, where x is."""
-    kept_samples = (route < 0).nonzero()[:, 0]
-    return route.to(device, non_blocking=True), kept_samples.to(device, non_blocking=True)
+def _on_device(route: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The route, and the samples that it keeps, int64 where x is."""
+    kept_samples = [sample for sample, number in enumerate(route) if number < 0]
+    return torch.tensor(route, device=device), torch.tensor(kept_samples, dtype=torch.int64, device=device)
 
 
 class _SkipAdapter(torch.autograd.Function):
