@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml $(NATIVE_SOURCES)
 	touch $@
 
 demo: setup
-	$(BIN)/fast-prompt demo --search
+	$(BIN)/fast-prompt demo
 
 # One thread a worker: torch's own threads would only fight over the cores. Tests of threading ask for theirs.
 test: check

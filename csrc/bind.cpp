@@ -15,6 +15,7 @@
 #include "cpu/isa.h"
 #include "cpu/prompt_compress.h"
 #include "cpu/prompt_diffusion.h"
+#include "cpu/skip_adapter.h"
 
 namespace fast_prompt {
 namespace {
@@ -247,6 +248,102 @@ std::vector<Tensor> prompt_compress_backward(Tensor grad, Tensor query, Tensor v
   return results.tensors;
 }
 
+// ---- skip_adapter ----
+
+cpu::SkipAdapter skip_adapter_problem(const SkipAdapterInputs& in, double eps) {
+  check_skip_adapter(in);
+  const auto rows = [](const std::optional<Tensor>& tensor) { return tensor ? rows_of(*tensor) : cpu::Rows{}; };
+  const auto floats = [](const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr<float>() : nullptr;
+  };
+  cpu::SkipAdapter problem{};
+  problem.batch = in.batch();
+  problem.tokens = in.tokens();
+  problem.width = in.width();
+  problem.adapter_width = in.adapter_width();
+  problem.adapters = in.adapters();
+  problem.experts = in.experts();
+  problem.groups = in.groups();
+  problem.x = rows_of(in.x);
+  problem.down_weight = rows_of(in.down_weight);
+  problem.up_weight = rows_of(in.up_weight);
+  problem.down_bias = rows(in.down_bias);
+  problem.up_bias = rows(in.up_bias);
+  problem.norm_weight = rows(in.norm_weight);
+  problem.norm_bias = rows(in.norm_bias);
+  problem.scale = floats(in.scale);
+  problem.gates = floats(in.gates);
+  if (in.route) {
+    problem.route = in.route->const_data_ptr<int64_t>();
+    STD_TORCH_CHECK(std::all_of(problem.route, problem.route + problem.batch,
+                                [&](int64_t adapter) { return adapter < problem.adapters; }),
+                    "route: there are ", problem.adapters, " adapters");
+  }
+  problem.norm = static_cast<cpu::Norm>(in.norm_index());
+  problem.activation = static_cast<cpu::Activation>(in.activation_index());
+  problem.residual = static_cast<cpu::Residual>(in.residual_index());
+  problem.eps = static_cast<float>(eps);
+  set_dropout(problem, in.seed, in.dropout_p);
+  return problem;
+}
+
+// Writes `output`; returns the hidden layer, if it is to be kept.
+std::vector<Tensor> skip_adapter(Tensor output, Tensor x, Tensor down_weight, Tensor up_weight,
+                                 std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
+                                 std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                                 std::optional<Tensor> scale, std::optional<Tensor> gates, std::optional<Tensor> route,
+                                 std::optional<Tensor> seed, std::string norm, std::string activation,
+                                 std::string residual, double eps, double dropout_p, bool keep_hidden) {
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
+                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+  const auto problem = skip_adapter_problem(in, eps);
+  check_contiguous(output, "output", x.scalar_type(), {in.batch(), in.tokens(), in.width()}, x);
+  std::vector<Tensor> kept;
+  if (keep_hidden) kept.push_back(torch::stable::empty(in.hidden_sizes(), x.scalar_type()));
+  Workspace workspace;
+  cpu::level().skip_adapter.forward(problem, rows_of(output),
+                                    keep_hidden ? static_cast<char*>(kept[0].data_ptr()) : nullptr,
+                                    runtime(workspace));
+  return kept;
+}
+
+// The gradients that are needed, in the order of `needs`: x, down_weight, up_weight, down_bias, up_bias, norm_weight,
+// norm_bias, scale, gates.
+std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_weight, Tensor up_weight,
+                                          std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
+                                          std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                                          std::optional<Tensor> scale, std::optional<Tensor> gates,
+                                          std::optional<Tensor> route, std::optional<Tensor> seed, Tensor hidden,
+                                          std::string norm, std::string activation, std::string residual, double eps,
+                                          double dropout_p, std::vector<bool> needs) {
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
+                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+  const auto problem = skip_adapter_problem(in, eps);
+  check_skip_adapter_backward(in, grad, hidden, needs);
+  Results results;
+  const auto optional = [&](const std::optional<Tensor>& tensor, bool needed) {
+    return needed ? results.like(*tensor, true) : cpu::Rows{};
+  };
+  const auto floats = [&](const std::optional<Tensor>& tensor, bool needed) {
+    return reinterpret_cast<float*>(optional(tensor, needed).data);
+  };
+  cpu::SkipAdapterGradients gradients{};
+  gradients.grad = rows_of(grad);
+  gradients.hidden = static_cast<const char*>(hidden.const_data_ptr());
+  gradients.x = results.like(x, needs[0]);
+  gradients.down_weight = results.like(down_weight, needs[1]);
+  gradients.up_weight = results.like(up_weight, needs[2]);
+  gradients.down_bias = optional(down_bias, needs[3]);
+  gradients.up_bias = optional(up_bias, needs[4]);
+  gradients.norm_weight = optional(norm_weight, needs[5]);
+  gradients.norm_bias = optional(norm_bias, needs[6]);
+  gradients.scale = floats(scale, needs[7]);
+  gradients.gates = floats(gates, needs[8]);
+  Workspace workspace;
+  cpu::level().skip_adapter.backward(problem, gradients, runtime(workspace));
+  return results.tensors;
+}
+
 // ---- Instruction sets ----
 
 std::string cpu_isa() { return std::string(cpu::level().name); }
@@ -277,6 +374,16 @@ STABLE_TORCH_LIBRARY(fast_prompt_native, m) {
       "Tensor? value_bias, Tensor? key_padding_mask, Tensor? seed, int num_heads, float dropout_p, "
       "Tensor logsumexp, Tensor? probabilities, Tensor? attended, bool needs_query, bool needs_visual, "
       "bool needs_key_weight, bool needs_value_weight, bool needs_value_bias) -> Tensor[]");
+  m.def(
+      "skip_adapter(Tensor(a!) output, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
+      "Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? gates, Tensor? route, "
+      "Tensor? seed, str norm, str activation, str residual, float eps, float dropout_p, bool keep_hidden) "
+      "-> Tensor[]");
+  m.def(
+      "skip_adapter_backward(Tensor grad, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
+      "Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? gates, Tensor? route, "
+      "Tensor? seed, Tensor hidden, str norm, str activation, str residual, float eps, float dropout_p, "
+      "bool[] needs) -> Tensor[]");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_levels() -> str");
   m.def("select_cpu_isa(str name) -> ()");
@@ -287,6 +394,8 @@ STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CPU, m) {
   m.impl("prompt_diffusion_backward", TORCH_BOX(&fast_prompt::prompt_diffusion_backward));
   m.impl("prompt_compress", TORCH_BOX(&fast_prompt::prompt_compress));
   m.impl("prompt_compress_backward", TORCH_BOX(&fast_prompt::prompt_compress_backward));
+  m.impl("skip_adapter", TORCH_BOX(&fast_prompt::skip_adapter));
+  m.impl("skip_adapter_backward", TORCH_BOX(&fast_prompt::skip_adapter_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CompositeExplicitAutograd, m) {

@@ -121,6 +121,107 @@ inline void check_kept(const Tensor& tensor, const char* name, const Tensor& que
   check_same_device(tensor, name, query);
 }
 
+// The index of an option among its names.
+inline int option(const char* name, const std::string& value, const std::vector<std::string>& names) {
+  for (size_t index = 0; index < names.size(); ++index)
+    if (names[index] == value) return static_cast<int>(index);
+  STD_TORCH_CHECK(false, name, ": got ", value);
+}
+
+// What both directions of skip_adapter are given, as fast_prompt/backends/cpu.py says; A adapters lead every parameter.
+struct SkipAdapterInputs {
+  const Tensor &x, &down_weight, &up_weight;
+  const std::optional<Tensor>&down_bias, &up_bias, &norm_weight, &norm_bias, &scale, &gates, &route, &seed;
+  const std::string &norm, &activation, &residual;
+  double dropout_p;
+
+  int64_t batch() const { return x.sizes()[0]; }
+  int64_t tokens() const { return x.sizes()[1]; }
+  int64_t width() const { return x.sizes()[2]; }
+  int64_t adapters() const { return down_weight.sizes()[0]; }
+  int64_t adapter_width() const { return down_weight.sizes()[1]; }
+  int64_t experts() const { return gates ? gates->sizes()[1] : 1; }
+  int64_t groups() const { return experts() * adapter_width() / up_weight.sizes()[2]; }
+  // In the order of the kernels' Norm, Activation and Residual.
+  int norm_index() const { return option("norm", norm, {"none", "layer", "rms", "layer_after"}); }
+  int activation_index() const { return option("activation", activation, {"relu", "silu", "gelu"}); }
+  int residual_index() const { return option("residual", residual, {"input", "normed", "none"}); }
+  // Of the hidden layer that a forward keeps.
+  std::vector<int64_t> hidden_sizes() const { return {route ? 1 : adapters(), batch(), tokens(), adapter_width()}; }
+};
+
+inline void check_contiguous(const Tensor& tensor, const char* name, ScalarType type, const std::vector<int64_t>& sizes,
+                             const Tensor& activations) {
+  check_sizes(tensor, name, sizes);
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous(), name,
+                  ": expected a contiguous tensor of another dtype or layout");
+  check_same_device(tensor, name, activations);
+}
+
+inline void check_skip_adapter_parameters(const SkipAdapterInputs& in) {
+  const int64_t adapters = in.adapters(), width = in.width(), adapter_width = in.adapter_width();
+  const auto check = [&](const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+    check_rows(tensor, name);
+    check_sizes(tensor, name, sizes);
+    STD_TORCH_CHECK(tensor.scalar_type() == in.down_weight.scalar_type(), name, ": expected the dtype of down_weight");
+    check_same_device(tensor, name, in.x);
+  };
+  check(in.down_weight, "down_weight", {adapters, adapter_width, width});
+  STD_TORCH_CHECK(in.up_weight.sizes().size() == 3 && in.up_weight.numel() > 0,
+                  "up_weight: expected a batch of matrices");
+  const int64_t up_columns = in.up_weight.sizes()[2], groups = in.groups();
+  STD_TORCH_CHECK(groups > 0 && groups * up_columns == in.experts() * adapter_width && width % groups == 0 &&
+                      adapter_width % groups == 0 && (in.gates || groups == 1),
+                  "up_weight: ", up_columns, " columns do not fit");
+  check(in.up_weight, "up_weight", {adapters, width, up_columns});
+  if (in.down_bias) check(*in.down_bias, "down_bias", {adapters, adapter_width});
+  if (in.up_bias && in.gates) check(*in.up_bias, "up_bias", {1, in.experts(), width});
+  if (in.up_bias && !in.gates) check(*in.up_bias, "up_bias", {adapters, width});
+  if (in.norm_weight) check(*in.norm_weight, "norm_weight", {adapters, width});
+  if (in.norm_bias) check(*in.norm_bias, "norm_bias", {adapters, width});
+}
+
+inline void check_skip_adapter(const SkipAdapterInputs& in) {
+  check_rows(in.x, "x");
+  STD_TORCH_CHECK(in.x.sizes().size() == 3 && in.x.numel() > 0, "x: expected [batch, rows, width], not empty");
+  STD_TORCH_CHECK(in.down_weight.sizes().size() == 3 && in.down_weight.numel() > 0,
+                  "down_weight: expected a batch of matrices, not empty");
+  const ScalarType weight_type = in.down_weight.scalar_type();
+  STD_TORCH_CHECK(weight_type == in.x.scalar_type() || weight_type == ScalarType::Float,
+                  "down_weight: expected the dtype of x, or float32");
+  if (in.gates) {
+    STD_TORCH_CHECK(in.gates->sizes().size() == 2 && in.gates->numel() > 0 && in.adapters() == 1 && !in.route,
+                    "gates: expected [batch, experts], a single adapter and no route");
+    check_contiguous(*in.gates, "gates", ScalarType::Float, {in.batch(), in.experts()}, in.x);
+  }
+  check_skip_adapter_parameters(in);
+  if (in.scale) check_contiguous(*in.scale, "scale", ScalarType::Float, {in.adapters()}, in.x);
+  if (in.route) check_contiguous(*in.route, "route", ScalarType::Long, {in.batch()}, in.x);
+  STD_TORCH_CHECK((in.norm_index() != 0) == in.norm_weight.has_value(), "norm_weight: needed exactly for a norm");
+  STD_TORCH_CHECK(!in.norm_bias || in.norm == "layer" || in.norm == "layer_after", "norm_bias: none for this norm");
+  STD_TORCH_CHECK(in.residual_index() != 1 || in.norm == "layer" || in.norm == "rms", "residual: no norm before");
+  in.activation_index();
+  check_seed(in.seed, in.dropout_p, in.x);
+}
+
+inline void check_skip_adapter_backward(const SkipAdapterInputs& in, const Tensor& grad, const Tensor& hidden,
+                                        const std::vector<bool>& needs) {
+  check_activations(grad, "grad", in.x);
+  check_contiguous(hidden, "hidden", in.x.scalar_type(), in.hidden_sizes(), in.x);
+  const bool given[] = {true,
+                        true,
+                        true,
+                        in.down_bias.has_value(),
+                        in.up_bias.has_value(),
+                        in.norm_weight.has_value(),
+                        in.norm_bias.has_value(),
+                        in.scale.has_value(),
+                        in.gates.has_value()};
+  STD_TORCH_CHECK(needs.size() == std::size(given), "needs: expected ", std::size(given), " flags");
+  for (size_t index = 0; index < needs.size(); ++index)
+    STD_TORCH_CHECK(given[index] || !needs[index], "needs: there is no argument ", index);
+}
+
 inline uint32_t dropout_threshold(double dropout_p) {
   return static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * 0x1p32), 0xFFFFFFFF));
 }

@@ -9,6 +9,7 @@
 #include "bind.h"
 #include "cuda/prompt_compress.h"
 #include "cuda/prompt_diffusion.h"
+#include "cuda/skip_adapter.h"
 
 // A CPU torch does not have it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -241,6 +242,97 @@ std::vector<Tensor> prompt_compress_backward(Tensor grad, Tensor query, Tensor v
   return results.tensors;
 }
 
+// ---- skip_adapter ----
+
+const cuda::SkipAdapterKernels& skip_adapter_kernels(const Tensor& activations) {
+  return of_type(activations, cuda::float32::skip_adapter, cuda::bfloat16::skip_adapter, cuda::float16::skip_adapter);
+}
+
+cuda::SkipAdapter skip_adapter_problem(const SkipAdapterInputs& in, double eps) {
+  check_skip_adapter(in);
+  const auto rows = [](const std::optional<Tensor>& tensor) { return tensor ? rows_of(*tensor) : cuda::Rows{}; };
+  cuda::SkipAdapter problem{};
+  problem.batch = in.batch();
+  problem.rows = in.tokens();
+  problem.width = in.width();
+  problem.hidden_width = in.adapter_width();
+  problem.adapters = in.adapters();
+  problem.experts = in.experts();
+  problem.groups = in.groups();
+  problem.x = rows_of(in.x);
+  problem.down_weight = rows_of(in.down_weight);
+  problem.up_weight = rows_of(in.up_weight);
+  problem.down_bias = rows(in.down_bias);
+  problem.up_bias = rows(in.up_bias);
+  problem.norm_weight = rows(in.norm_weight);
+  problem.norm_bias = rows(in.norm_bias);
+  problem.float_weights = in.down_weight.scalar_type() == ScalarType::Float;
+  if (in.scale) problem.scale = in.scale->const_data_ptr<float>();
+  if (in.gates) problem.gates = in.gates->const_data_ptr<float>();
+  if (in.route) problem.route = in.route->const_data_ptr<int64_t>();
+  problem.norm = static_cast<cuda::SkipNorm>(in.norm_index());
+  problem.activation = static_cast<cuda::SkipActivation>(in.activation_index());
+  problem.residual = static_cast<cuda::SkipResidual>(in.residual_index());
+  problem.eps = static_cast<float>(eps);
+  set_dropout(problem, in.seed, in.dropout_p);
+  return problem;
+}
+
+// Writes `output`; returns the hidden layer, if it is to be kept.
+std::vector<Tensor> skip_adapter(Tensor output, Tensor x, Tensor down_weight, Tensor up_weight,
+                                 std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
+                                 std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                                 std::optional<Tensor> scale, std::optional<Tensor> gates, std::optional<Tensor> route,
+                                 std::optional<Tensor> seed, std::string norm, std::string activation,
+                                 std::string residual, double eps, double dropout_p, bool keep_hidden) {
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
+                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+  const auto problem = skip_adapter_problem(in, eps);
+  check_contiguous(output, "output", x.scalar_type(), {in.batch(), in.tokens(), in.width()}, x);
+  Launch launch(x);
+  std::vector<Tensor> kept;
+  if (keep_hidden)
+    kept.push_back(torch::stable::empty(in.hidden_sizes(), x.scalar_type(), std::nullopt, x.device()));
+  check(skip_adapter_kernels(x).forward(problem, {output.data_ptr(), keep_hidden ? kept[0].data_ptr() : nullptr},
+                                        launch.runtime()));
+  return kept;
+}
+
+// The gradients that are needed, in the order of `needs`: x, down_weight, up_weight, down_bias, up_bias, norm_weight,
+// norm_bias, scale, gates.
+std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_weight, Tensor up_weight,
+                                          std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
+                                          std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                                          std::optional<Tensor> scale, std::optional<Tensor> gates,
+                                          std::optional<Tensor> route, std::optional<Tensor> seed, Tensor hidden,
+                                          std::string norm, std::string activation, std::string residual, double eps,
+                                          double dropout_p, std::vector<bool> needs) {
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
+                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+  const auto problem = skip_adapter_problem(in, eps);
+  check_skip_adapter_backward(in, grad, hidden, needs);
+
+  Launch launch(x);
+  Results results;
+  const auto wanted = [&](const std::optional<Tensor>& tensor, bool needed) {
+    return needed ? results.like(*tensor, true) : nullptr;
+  };
+  cuda::SkipAdapterGradients gradients{};
+  gradients.grad = rows_of(grad);
+  gradients.hidden = hidden.const_data_ptr();
+  gradients.x = results.like(x, needs[0]);
+  gradients.down_weight = results.like(down_weight, needs[1]);
+  gradients.up_weight = results.like(up_weight, needs[2]);
+  gradients.down_bias = wanted(down_bias, needs[3]);
+  gradients.up_bias = wanted(up_bias, needs[4]);
+  gradients.norm_weight = wanted(norm_weight, needs[5]);
+  gradients.norm_bias = wanted(norm_bias, needs[6]);
+  gradients.scale = static_cast<float*>(wanted(scale, needs[7]));
+  gradients.gates = static_cast<float*>(wanted(gates, needs[8]));
+  if (!results.tensors.empty()) check(skip_adapter_kernels(x).backward(problem, gradients, launch.runtime()));
+  return results.tensors;
+}
+
 }  // namespace
 }  // namespace fast_prompt
 
@@ -249,4 +341,6 @@ STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CUDA, m) {
   m.impl("prompt_diffusion_backward", TORCH_BOX(&fast_prompt::prompt_diffusion_backward));
   m.impl("prompt_compress", TORCH_BOX(&fast_prompt::prompt_compress));
   m.impl("prompt_compress_backward", TORCH_BOX(&fast_prompt::prompt_compress_backward));
+  m.impl("skip_adapter", TORCH_BOX(&fast_prompt::skip_adapter));
+  m.impl("skip_adapter_backward", TORCH_BOX(&fast_prompt::skip_adapter_backward));
 }

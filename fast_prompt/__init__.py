@@ -2,7 +2,7 @@
 
 from fast_prompt import ops, reference
 from fast_prompt.backends import BackendError, use_backend
-from fast_prompt.methods import APTConfig, DVPConfig
+from fast_prompt.methods import APTConfig, DASConfig, DVPConfig, set_skipped, skipped_now
 from fast_prompt.models import VisualEncoder
 from fast_prompt.ops import explain
 from fast_prompt.search import DVPSearch
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APTConfig",
     "BackendError",
+    "DASConfig",
     "DVPConfig",
     "DVPSearch",
     "FastPromptModel",
@@ -23,5 +24,7 @@ __all__ = [
     "ops",
     "parameter_groups",
     "reference",
+    "set_skipped",
+    "skipped_now",
     "use_backend",
 ]

@@ -24,7 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = {"prompt_diffusion": "aot_prompt_diffusion", "prompt_compress": "aot_prompt_compress"}
+MODULES = {
+    "prompt_diffusion": "aot_prompt_diffusion",
+    "prompt_compress": "aot_prompt_compress",
+    "skip_adapter": "aot_skip_adapter",
+}
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fast_prompt import cli, demo
+from fast_prompt.cost.counting import count_macs
 from fast_prompt.demo import base, transfer
 from fast_prompt.demo.adaptations import APT, DEEP_PROMPTS, LINEAR_PROBE, LORA
 from fast_prompt.demo.chart import LABEL_GAP, spread
-from fast_prompt.demo.costs import Contender, count_macs, median_ms
+from fast_prompt.demo.costs import Contender, median_ms
 from fast_prompt.demo.deep_prompts import transformer_blocks
 from fast_prompt.demo.digits import load_splits
 from fast_prompt.demo.report import Reload, Results

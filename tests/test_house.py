@@ -23,7 +23,7 @@ FLOORS = [
     ("models",),
     ("methods",),
     ("search",),
-    ("parity", "bench", "demo"),
+    ("parity", "bench", "cost", "demo"),
     ("cli", "gpu_check"),
 ]
 HEAVY = ("transformers", "triton", "peft", "sklearn", "matplotlib", "fast_prompt_kernels")

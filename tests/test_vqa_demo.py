@@ -48,11 +48,11 @@ NAMES = [
 ]
 
 
-def small_bert(seed: int = 0) -> BertModel:
-    """Two blocks in place of MiniLM's six, and random weights; the tokenizer is the real one."""
+def small_bert(seed: int = 0, layers: int = 2) -> BertModel:
+    """Few blocks in place of MiniLM's six, and random weights; the tokenizer is the real one."""
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+        vocab_size=30522, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48
     )
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     config._name_or_path = language.DISTRIBUTION

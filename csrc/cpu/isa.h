@@ -8,6 +8,7 @@
 
 #include "prompt_compress.h"
 #include "prompt_diffusion.h"
+#include "skip_adapter.h"
 
 namespace fast_prompt::cpu {
 
@@ -16,6 +17,7 @@ struct Level {
   bool (*supported)();
   const PromptDiffusionKernels& prompt_diffusion;
   const PromptCompressKernels& prompt_compress;
+  const SkipAdapterKernels& skip_adapter;
 };
 
 // The level in use: the best there is, unless the environment variable FAST_PROMPT_CPU_ISA or select() names one.

@@ -14,14 +14,13 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "philox.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace fast_prompt::cpu::FAST_PROMPT_ISA {
 namespace {
 
 // ---- Packed weights ----
-
-constexpr int64_t PACK_GRAIN = 1 << 15;  // elements packed that are worth a thread
 
 // Panels of B = W^T, [width, n]: what X K^T and G P^T multiply by.
 template <class Dot, Part part = Part::WHOLE>
@@ -127,32 +126,6 @@ float differentiate_scores(const PromptDiffusion& problem, float* s, float* d, c
 
 // ---- One row of activations, in its own dtype ----
 
-// A result larger than this many bytes goes past the cache: it would not stay there, and a plain store first reads the
-// line it overwrites. At few prompts a forward with a result of 5.8 MB took a fifth less time so.
-constexpr int64_t STREAMED_BYTES = 1 << 21;
-
-constexpr int64_t MOST_TILE_ROWS = 8 * BLOCK_ROWS;
-
-// A tile's rows of a result, each element of which is written once.
-template <class Storage>
-struct Result {
-  char* row[MOST_TILE_ROWS];
-  int64_t width;
-  bool stream;
-
-  Result(const Rows& rows, int64_t all_rows, int64_t width, int64_t first, int64_t count) : width(width) {
-    const int64_t element = sizeof(typename Storage::Element);
-    stream = all_rows * width * element > STREAMED_BYTES;
-    for (int64_t i = 0; i < count; ++i) {
-      row[i] = at(rows, first + i);
-      stream = stream && (uintptr_t)row[i] % (LANES * element) == 0;
-    }
-  }
-  void operator()(int64_t i, int64_t column, Floats value) const {
-    put<Storage>(row[i], column, value, width, stream);
-  }
-};
-
 template <class Storage>
 float dot(const void* a, const void* b, int64_t width) {
   Floats sum = {};
@@ -161,17 +134,6 @@ float dot(const void* a, const void* b, int64_t width) {
 }
 
 // ---- Tiles ----
-
-struct Run {
-  int64_t count, rows;  // runs, and rows in each but the last
-};
-
-// Runs for the threads at hand, each of `least` rows or more.
-Run split_rows(const Runtime& runtime, int64_t rows, int64_t least) {
-  const int64_t count = smaller(runtime.threads, (rows + least - 1) / least);
-  const int64_t length = round_up((rows + count - 1) / count, BLOCK_ROWS);
-  return {(rows + length - 1) / length, length};
-}
 
 // Rows whose arithmetic is worth waking a thread for.
 int64_t rows_worth_a_thread(const PromptDiffusion& problem) {
@@ -211,30 +173,6 @@ struct Tile {
   int64_t floats;  // size of the allocation
 };
 
-template <class Dot>
-void stage_rows(const Rows& from, int64_t first, int64_t count, int64_t width, float* target, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) stage<Dot>(from.dtype, at(from, first + i), width, target + i * stride);
-}
-
-// Rows as the left operand of a product.
-struct Operand {
-  const float* words;
-  int64_t stride;
-};
-
-// Rows as they lie, where they are words already and equally far apart; else staged in `scratch`.
-template <class Dot>
-Operand as_operand(const Rows& rows, int64_t first, int64_t count, int64_t width, float* scratch, int64_t stride) {
-  const bool one_stride = first / rows.rows_per_batch == (first + count - 1) / rows.rows_per_batch ||
-                          rows.batch_stride == rows.rows_per_batch * rows.row_stride;
-  const bool whole_words = width % Dot::DEPTH == 0 && rows.row_stride % Dot::DEPTH == 0;
-  const char* start = at(rows, first);
-  if (rows.dtype == Dot::Storage::DTYPE && one_stride && whole_words && (uintptr_t)start % sizeof(float) == 0)
-    return {(const float*)start, rows.row_stride / Dot::DEPTH};
-  stage_rows<Dot>(rows, first, count, width, scratch, stride);
-  return {scratch, stride};
-}
-
 // Rows of float32 scores as words: as they are, or copied to `operand`.
 template <class Dot>
 const float* as_words(const float* scores, int64_t count, int64_t columns, int64_t stride, float* operand) {
@@ -245,18 +183,6 @@ const float* as_words(const float* scores, int64_t count, int64_t columns, int64
 }
 
 // ---- Forward ----
-
-// `count` rows to ask for early, to be read or written: those of `a` from a_first on and of `b` from b_first on. None
-// where rows do not lie one after another; an absent one, like a lone one, stands twice.
-Ahead rows_ahead(Rows a, int64_t a_first, Rows b, int64_t b_first, int64_t count, int64_t width) {
-  if (!a.data) a = b, a_first = b_first;
-  if (!b.data) b = a, b_first = a_first;
-  const auto dense = [width](const Rows& rows) {
-    return rows.row_stride == width && rows.batch_stride == width * rows.rows_per_batch;
-  };
-  if (count <= 0 || !a.data || !dense(a) || !dense(b)) return {};
-  return {{at(a, a_first), at(b, b_first)}, count * width * bytes_of(a.dtype) / 64};
-}
 
 template <class Dot>
 void forward_tile(const PromptDiffusion& problem, const float* keys, const float* prompts, const Rows& output,
@@ -428,25 +354,6 @@ void backward_hidden(const PromptDiffusion& problem, const PromptDiffusionGradie
   });
 }
 
-// sum += scores^T rows, both of a tile: [num_prompts, count] x [count, width].
-template <class Dot>
-void add_weight_gradient(const PromptDiffusion& problem, const Tile& tile, const float* scores, const Operand& rows,
-                         int64_t count, bool accumulate, float* sum) {
-  const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(width);
-  const Rows multiplied{(char*)rows.words, Dot::Storage::DTYPE, count, 0, rows.stride * Dot::DEPTH};
-  Product product{p, padded, words<Dot>(count), scores, tile.tall, nullptr, sum, tile.wide, accumulate, {}};
-  if constexpr (Dot::DEPTH > 1) {
-    const Rows operand{(char*)scores, Dot::Storage::DTYPE, count, 0, tile.tall * Dot::DEPTH};
-    product.a_stride = packed_columns(p);
-    pack<Dot>(operand, count, 0, product.a_stride, p, tile.transposed);
-    product.a = tile.transposed;
-  }
-  for (int64_t column = 0; column < padded; column += PANEL) {
-    pack<Dot>(multiplied, count, column, smaller(PANEL, padded - column), width, tile.panel);
-    multiply_panel<Dot, Layout::COLUMNS>(product, column, tile.panel);
-  }
-}
-
 template <class Dot>
 void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Tile& tile,
                    int64_t first, int64_t count, bool accumulate, BackwardRun& run) {
@@ -482,12 +389,14 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
 
   if (run.prompts_sum) {
     const float* weighted = as_words<Dot>(tile.scores, count, p, tile.tall, tile.operand);
-    add_weight_gradient<Dot>(problem, tile, weighted, grad, count, accumulate, run.prompts_sum);
+    add_outer_products<Dot>({weighted, tile.tall}, p, grad, width, count, accumulate, run.prompts_sum, tile.wide,
+                            tile.transposed, tile.panel);
   }
   if (!gradients.source.data && !run.keys_sum) return;
   const float* dscores = as_words<Dot>(tile.dscores, count, p, tile.tall, tile.operand);
   if (run.keys_sum)
-    add_weight_gradient<Dot>(problem, tile, dscores, source, count, accumulate, run.keys_sum);
+    add_outer_products<Dot>({dscores, tile.tall}, p, source, width, count, accumulate, run.keys_sum, tile.wide,
+                            tile.transposed, tile.panel);
   if (gradients.source.data) {
     with_storage(gradients.source.dtype, [&](auto storage) {
       const Result<decltype(storage)> result(gradients.source, problem.rows, width, first, count);

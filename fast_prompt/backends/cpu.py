@@ -174,6 +174,86 @@ def prompt_compress_backward(
     return tuple(next(results) if needed else None for needed in needs)
 
 
+def skip_adapter(
+    output: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    gates: Tensor | None,
+    route: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    activation: str,
+    residual: str,
+    eps: float,
+    dropout_p: float,
+    keep_hidden: bool,
+) -> Tensor | None:
+    """``fast_prompt.reference.skip_adapter`` for x [B, n, d], not empty; the other tensors lead with the adapters, A.
+
+    Args:
+        output: [B, n, d], contiguous; written, but for the samples of a route below 0.
+        scale: float32 [A]; gates: float32 [B, E]; route: int64 [B], on the device of x.
+        keep_hidden: whether the hidden layer is wanted.
+
+    Returns:
+        The hidden layer before its activation, [A, B, n, w] ([1, B, n, w] with a route), contiguous; or None.
+    """
+    tensors = _rows(x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
+    settings = (norm, activation, residual, eps, dropout_p)
+    kept = torch.ops.fast_prompt_native.skip_adapter(
+        output, *tensors, *_contiguous(scale, gates), route, seed, *settings, keep_hidden
+    )
+    return kept[0] if keep_hidden else None
+
+
+def skip_adapter_backward(
+    grad: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    gates: Tensor | None,
+    route: Tensor | None,
+    seed: Tensor | None,
+    hidden: Tensor,
+    norm: str,
+    activation: str,
+    residual: str,
+    eps: float,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``skip_adapter`` for ``grad`` [B, n, d].
+
+    Args:
+        grad: the output's gradient; the other tensors are the forward's.
+        hidden: what the forward kept.
+        needs: for the nine arguments from x to gates, whether its gradient is wanted.
+
+    Returns:
+        Nine gradients, contiguous, in their inputs' dtypes; None where not wanted. Of that of x, the samples of a
+        route below 0 are not written.
+    """
+    tensors = _rows(grad, x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
+    settings = (norm, activation, residual, eps, dropout_p)
+    results = iter(
+        torch.ops.fast_prompt_native.skip_adapter_backward(
+            *tensors, *_contiguous(scale, gates), route, seed, hidden, *settings, list(needs)
+        )
+    )
+    return tuple(next(results) if needed else None for needed in needs)
+
+
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else _unit_stride(tensor) for tensor in tensors]
 
@@ -181,3 +261,7 @@ def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
 def _unit_stride(tensor: Tensor) -> Tensor:
     """The tensor as it is, or a copy where the elements of a row are not neighbours."""
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

@@ -14,7 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fast_prompt.backends.call import Call, PromptCompressCall, PromptDiffusionCall, refuses_dtypes
+from fast_prompt.backends.call import (
+    Call,
+    PromptCompressCall,
+    PromptDiffusionCall,
+    SkipAdapterCall,
+    refuses_dtypes,
+)
 
 name = "triton"
 
@@ -22,6 +28,7 @@ _MOST_PROMPTS = 1024  # a row's scores stay on chip
 _MOST_PROMPTS_AMD_FLOAT32 = 512  # a step through 1024 keys in float32 is all of the chip's 64 KiB of shared memory
 _MOST_ROWS = 64  # of a tile
 _MOST_HEADS = 65535  # of a launch grid's second dimension
+_MOST_HIDDEN = 768  # a row's hidden layer stays on chip
 _LEAST_CAPABILITY = (8, 0)  # Ampere
 
 
@@ -61,9 +68,18 @@ def _refuses_heads(call: PromptCompressCall) -> str | None:
     return f"takes up to {_MOST_HEADS} heads, not {call.num_heads}" if call.num_heads > _MOST_HEADS else None
 
 
+def _refuses_hidden(call: SkipAdapterCall) -> str | None:
+    if call.adapter_width > _MOST_HIDDEN:
+        return f"takes hidden layers of up to {_MOST_HIDDEN}, not {call.adapter_width}"
+    if max(call.num_experts, 1) * call.adapter_width * call.width >= 2**31:
+        return f"takes an adapter's weights of fewer than 2**31 elements, not width {call.width}"
+    return None
+
+
 _REFUSES_SIZES: dict[str, Callable[..., str | None]] = {
     "prompt_diffusion": _refuses_prompts,
     "prompt_compress": _refuses_heads,
+    "skip_adapter": _refuses_hidden,
 }
 
 
@@ -176,6 +192,82 @@ def prompt_compress_backward(
     tensors = (grad, query, visual, key_weight, value_weight, value_bias, key_padding_mask, seed)
     kept = (logsumexp, probabilities, attended)
     return _kernels("prompt_compress_backward").prompt_compress_backward(*tensors, num_heads, dropout_p, *kept, needs)
+
+
+def skip_adapter(
+    output: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    gates: Tensor | None,
+    route: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    activation: str,
+    residual: str,
+    eps: float,
+    dropout_p: float,
+    keep_hidden: bool,
+) -> Tensor | None:
+    """Writes ``fast_prompt.reference.skip_adapter`` for x [B, n, d], not empty, to ``output``.
+
+    Args:
+        output: [B, n, d], contiguous, dtype of x; with a route its samples of route -1 are left as they are.
+        down_weight to norm_bias: with a leading dimension A; up_bias [1, E, d] with gates.
+        scale, gates: float32 [A] and [B, E].
+        route: int64 [B], on the device of x.
+
+    Returns:
+        Where ``keep_hidden``, the hidden layer before its activation, [A, B, n, w] ([1, B, n, w] with a route), dtype
+        of x; the rows of samples of route -1 are undefined.
+    """
+    parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates)
+    settings = (norm, activation, residual, eps, dropout_p)
+    return _kernels("skip_adapter").skip_adapter(output, x, *parameters, route, seed, *settings, keep_hidden)
+
+
+def skip_adapter_backward(
+    grad: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    gates: Tensor | None,
+    route: Tensor | None,
+    seed: Tensor | None,
+    hidden: Tensor,
+    norm: str,
+    activation: str,
+    residual: str,
+    eps: float,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``skip_adapter`` for ``grad`` [B, n, d].
+
+    Args:
+        grad: the output's gradient; x to dropout_p are the forward's arguments.
+        hidden: what the forward returned.
+        needs: for x, the parameters and the gates, whether its gradient is wanted.
+
+    Returns:
+        Nine gradients, contiguous, in their inputs' dtypes; None where not wanted. With a route, rows of samples of
+        route -1 are undefined in that of x.
+    """
+    parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates)
+    settings = (norm, activation, residual, eps, dropout_p)
+    return _kernels("skip_adapter_backward").skip_adapter_backward(
+        grad, x, *parameters, route, seed, hidden, *settings, needs
+    )
 
 
 @functools.cache

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fast_prompt.bench import apt_model, machine, prompt_compress, prompt_diffusion, skip_adapter, skip_adapter_run
+from fast_prompt.bench import (
+    apt_model,
+    das_model,
+    machine,
+    prompt_compress,
+    prompt_diffusion,
+    skip_adapter,
+    skip_adapter_run,
+)
 from fast_prompt.bench.contender import Contender
 from fast_prompt.bench.memory import saved_bytes
 from fast_prompt.bench.probes import Rates, probes, rates
@@ -24,6 +32,7 @@ OPS: dict[str, ModuleType] = {
     "skip_adapter": skip_adapter,
     "skip_adapter_run": skip_adapter_run,
     "apt_model": apt_model,
+    "das_model": das_model,
 }
 PASSES = ("fwd", "fwdbwd")
 

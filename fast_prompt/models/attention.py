@@ -13,8 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fast_prompt.tuning.adapters import at_site
 from fast_prompt.tuning.classes import is_replaceable
 from fast_prompt.tuning.site import CHILD, Site
+
+# The child of BERT's ``output`` module that keeps adapters of its residual.
+RESIDUAL_CHILD = f"{CHILD}_residual"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class AttentionSite(Site):
 
 # Classes of transformers whose query projection reads X and whose output projection gives H, as the tests show.
 PROVEN = ("BertAttention", "CLIPAttention", "RobertaAttention", "ViTAttention", "ViltAttention")
+
+# Layers in which the streams of two encoders meet: where a model has them, its encoders are left as they are.
+FUSION_LAYERS = ("MeterFusionLayer",)
 
 LAYOUTS = (
     Projections("q_proj", ("k_proj", "v_proj"), "o_proj"),
@@ -87,9 +94,9 @@ def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, inpu
 
 
 def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, residual, LayerNorm."""
-    hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
-    return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
+    """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, (adapted) residual, LayerNorm."""
+    hidden_states = at_site(self, CHILD, self.dense(hidden_states), input_tensor)
+    return self.LayerNorm(self.dropout(hidden_states) + at_site(self, RESIDUAL_CHILD, input_tensor))
 
 
 # An ``output`` module is known by its children's names.
@@ -103,7 +110,8 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
     """The attention modules of ``model`` to adapt, in the model's order.
 
     Args:
-        model: any module; without ``target_modules``, one built of the attentions in ``PROVEN``.
+        model: any module; without ``target_modules``, one built of the attentions in ``PROVEN``; of a model with fusion
+            layers only theirs are taken.
         target_modules: names of attention modules or their endings, or one regular expression for whole names.
 
     Raises:
@@ -111,7 +119,7 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
             lists the attention-like modules found.
     """
     if target_modules is None:
-        names = [name for name, module in model.named_modules() if type(module).__name__ in PROVEN]
+        names = _known(model)
         if not names:
             raise ValueError(
                 f"{type(model).__name__}: none of its attentions is known ({', '.join(PROVEN)} are); "
@@ -120,6 +128,14 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
     else:
         names = _match(model, target_modules)
     return [_site(model, name) for name in names]
+
+
+def _known(model: nn.Module) -> list[str]:
+    """The attentions whose class is proven; of a model with fusion layers, those in them."""
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    attentions = [name for name, kind in kinds.items() if kind in PROVEN]
+    fused = [name for name in attentions if kinds[name.rpartition(".")[0]] in FUSION_LAYERS]
+    return fused or attentions
 
 
 def _match(model: nn.Module, target_modules: list[str] | str) -> list[str]:
@@ -182,7 +198,7 @@ def _site(model: nn.Module, name: str) -> AttentionSite:
 def _host(attention: nn.Module) -> tuple[str, Callable[..., Any]]:
     """The child whose forward is replaced ("" for the attention itself), and its replacement."""
     output = _child(attention, "output")
-    children = frozenset(output._modules) - {CHILD} if output is not None else frozenset()
+    children = frozenset(name for name in getattr(output, "_modules", ()) if not name.startswith(CHILD))
     if children in OUTPUT_FORWARDS:
         return "output", OUTPUT_FORWARDS[children]
     return "", attention_forward

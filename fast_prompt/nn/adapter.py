@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.ops.skip_adapter import skip_adapter
 
 
 class BottleneckAdapter(nn.Module):
@@ -13,7 +14,7 @@ class BottleneckAdapter(nn.Module):
         dim: d, the width of x.
         width: the bottleneck's width.
         device: where the parameters live.
-        dtype: the parameters' dtype; a narrower ``x`` is widened to it and the result rounded back.
+        dtype: the parameters' dtype; that of ``x``, or float32.
 
     Attributes:
         down_proj: linear, d to the bottleneck; weight from N(0, 0.01), bias 0.
@@ -39,6 +40,6 @@ class BottleneckAdapter(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., d] to [..., d], dtype of ``x``."""
-        narrow = torch.relu(self.down_proj(x.to(self.down_proj.weight.dtype)))
-        return x + self.up_proj(narrow).to(x.dtype)
+        """``x`` [..., d] to [..., d], dtype of ``x`` (the autocast dtype under autocast)."""
+        down, up = self.down_proj, self.up_proj
+        return skip_adapter(x, down.weight, up.weight, down.bias, up.bias)

@@ -1,5 +1,6 @@
 """Checks of plain settings: each raises a ValueError naming the field, what came and what was expected."""
 
+import math
 from collections.abc import Collection
 
 
@@ -32,3 +33,15 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """One of the strings ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_finite(name: str, value: object) -> None:
+    """A number that is neither infinite nor NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")

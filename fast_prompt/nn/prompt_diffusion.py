@@ -1,10 +1,9 @@
 """Approximated prompt tuning's learned part of one attention, as a module."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fast_prompt.nn import checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS, prompt_diffusion

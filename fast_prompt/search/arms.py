@@ -1,10 +1,9 @@
 """The arms of a search over layers: one adapted model, and a prompter for each layer to put into it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
-from typing_extensions import Self
 
 from fast_prompt.methods import DVPConfig
 from fast_prompt.models.visual.forward import visual_forward

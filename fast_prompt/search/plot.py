@@ -1,6 +1,7 @@
 """The picture of a search: each arm's preference over time."""
 
 import importlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -42,4 +43,43 @@ def plot_preferences(history: Tensor, path: Path | str, arm: str = "layer") -> N
         axes.set_ylabel("preference")
         axes.grid(axis="y", color="#EBEBEB")
         axes.set_axisbelow(True)
+        figure.savefig(path)
+
+
+def plot_gates(history: Tensor, path: Path | str, blocks: Sequence[str], skipped: Collection[str]) -> None:
+    """Draws a heat map: a row for each block, a column for each step, the gate's probability as the colour.
+
+    Args:
+        history: gates after each step, [steps, blocks].
+        path: of the picture; its ending says which format.
+        blocks: what the rows are called.
+        skipped: those that were found; set in colour.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    mpl = importlib.import_module("matplotlib")
+    figures = importlib.import_module("matplotlib.figure")
+    probabilities = history.sigmoid().T.numpy()
+    with mpl.rc_context({"font.size": 10, "text.color": INK}):
+        height = 1.6 + 0.32 * len(blocks)
+        figure = figures.Figure(figsize=(9, height), dpi=150, facecolor="white", layout="constrained")
+        axes = figure.add_subplot()
+        reach = max(0.05, abs(probabilities - 0.5).max())
+        extent = (0.5, len(history) + 0.5, len(blocks) - 0.5, -0.5)
+        image = axes.imshow(
+            probabilities,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="PuOr_r",
+            vmin=0.5 - reach,
+            vmax=0.5 + reach,
+            extent=extent,
+        )
+        axes.set_yticks(range(len(blocks)), blocks)
+        for label, block in zip(axes.get_yticklabels(), blocks, strict=True):
+            label.set(color=BEST, weight="bold") if block in skipped else label.set(color=INK)
+        axes.set_title("Which blocks to skip: gates learned from rewards", loc="left", weight="bold")
+        axes.set_xlabel("step")
+        figure.colorbar(image, ax=axes, label="probability of being skipped")
         figure.savefig(path)

@@ -12,16 +12,18 @@ from fast_prompt.tuning import get_fast_prompt_model, parameter_groups
 from fast_prompt.tuning.config import MethodConfig
 
 
-class _Adapted:
+class Adapted:
     """An adapted model as what trains."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        """All that trains, by name."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def parameter_groups(self, learning_rate: float, head_rate: float | None) -> list[dict[str, Any]]:
+        """An optimizer's."""
         return parameter_groups(self.model, learning_rate, head_rate)
 
 
@@ -69,7 +71,7 @@ def train_anew(
     with seeded(training.seed("adapter")):
         adapted = get_fast_prompt_model(model, config)
     try:
-        training.train(_Adapted(adapted))
+        training.train(Adapted(adapted))
     except BaseException:
         adapted.revert()
         raise

@@ -56,6 +56,10 @@ class Training:
         settings: how it goes.
         collate: makes a list of items the keyword arguments of ``model``.
         directory: for checkpoints, made if missing; None: no checkpoints.
+
+    Attributes:
+        done: steps taken so far.
+        skipped_steps: those whose gradients were not finite, and so changed nothing.
     """
 
     name = "training"
@@ -74,6 +78,7 @@ class Training:
         self.collate = collate
         self.directory = None if directory is None else Path(directory)
         self.done = 0
+        self.skipped_steps = 0
         self._shared_seed = ranks.from_first(settings.seed)
         self._training = torch.arange(len(examples))
 
@@ -145,11 +150,15 @@ class Training:
         self.model.train()
         with seeded(self.seed("dropout", step, ranks.number())):
             self.model(**self.batch(self._positions(step))).loss.backward()
+        norms = []
         for group in optimizer.param_groups:
             ranks.average_gradients(group["params"])
-            nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
+            norms.append(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm))
             group["lr"] = group["peak"] * self.settings.decay(step)
-        optimizer.step()
+        if all(norm.isfinite() for norm in norms):  # the same on every rank, as the gradients are
+            optimizer.step()
+        else:
+            self.skipped_steps += 1
         optimizer.zero_grad()
 
     def _positions(self, step: int) -> Tensor:
@@ -167,7 +176,8 @@ class Training:
         """Everything that decides what comes next, by the first rank."""
         if self.directory is None or ranks.number() != 0:
             return
-        tensors = {"done": torch.tensor(self.done)} | {f"state.{name}": value for name, value in self.state().items()}
+        tensors = {"done": torch.tensor(self.done), "skipped_steps": torch.tensor(self.skipped_steps)}
+        tensors |= {f"state.{name}": value for name, value in self.state().items()}
         for name, parameter in trainable.parameters().items():
             tensors[f"parameter.{name}"] = parameter
             tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
@@ -186,7 +196,7 @@ class Training:
         identity, contents = self._paths(self.directory)
         self._check_same(read_json(identity))
         tensors, parameters = read_tensors(contents), trainable.parameters()
-        self.done = int(tensors["done"])
+        self.done, self.skipped_steps = int(tensors["done"]), int(tensors["skipped_steps"])
         self.load_state(_under("state.", tensors))
         with torch.no_grad():
             for name, value in _under("parameter.", tensors).items():

@@ -40,6 +40,12 @@ class SiteAdapters(nn.ModuleDict):
         return self[self.active](hidden, *context)
 
 
+def at_site(module: nn.Module, child: str, hidden: Tensor, *context: Tensor) -> Tensor:
+    """``hidden`` through the active one of the adapters that ``module`` keeps as ``child``; as it is where none are."""
+    adapters = getattr(module, child, None)
+    return hidden if adapters is None else adapters(hidden, *context)
+
+
 def _no_op(*_: object) -> None:
     """In inference, torch's TransformerEncoderLayer skips its attention's forward unless some child has a hook."""
 

@@ -68,9 +68,13 @@ def base_class(module: nn.Module) -> Any:
     return getattr(type(module), BASE_CLASS, type(module))
 
 
-def replace_forward(module: nn.Module, replacement: Replacement) -> None:
-    """Let ``replacement(self, forward, ...)`` answer for this one module, with its forward until now at hand."""
-    _dress(module, (*_replacements(module), replacement))
+def replace_forward(module: nn.Module, replacement: Replacement, inmost: bool = False) -> None:
+    """Let ``replacement(self, forward, ...)`` answer for this one module, with its forward until now at hand.
+
+    With ``inmost`` it stands right before the class's own forward, and replacements that are there already before it.
+    """
+    others = _replacements(module)
+    _dress(module, (replacement, *others) if inmost else (*others, replacement))
 
 
 def restore_forward(module: nn.Module, replacement: Replacement) -> None:

@@ -40,11 +40,13 @@ class CombinedConfig(MethodConfig):
         super().__post_init__()
 
     def find_sites(self, model: nn.Module) -> list[Site]:
-        """The sites of every method, in the configs' order."""
+        """The sites of every method, in the configs' order, but for those within what a method keeps from running."""
+        idle = tuple(f"{path}." for path in self.idle_modules(model))
         return [
             dataclasses.replace(site, owner=owner)
             for owner, config in enumerate(self.configs)
             for site in config.find_sites(model)
+            if not site.host.startswith(idle)
         ]
 
     def build(self, model: nn.Module, site: Site) -> nn.Module:
@@ -52,8 +54,14 @@ class CombinedConfig(MethodConfig):
         return self.configs[site.owner].build(model, site)
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
-        """The base model's parameters that any of the methods trains."""
-        return list(dict.fromkeys(name for config in self.configs for name in config.trained_parameters(model)))
+        """The base model's parameters that any of the methods trains, but for those that are never used."""
+        idle = tuple(f"{path}." for path in self.idle_modules(model))
+        names = dict.fromkeys(name for config in self.configs for name in config.trained_parameters(model))
+        return [name for name in names if not name.startswith(idle)]
+
+    def idle_modules(self, model: nn.Module) -> list[str]:
+        """What any of the methods keeps from running."""
+        return list(dict.fromkeys(path for config in self.configs for path in config.idle_modules(model)))
 
     def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite | None:
         """As the site's own method folds."""

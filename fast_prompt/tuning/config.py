@@ -6,10 +6,9 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
-from typing_extensions import Self
 
 from fast_prompt.tuning.files import read_json, write_atomically
 from fast_prompt.tuning.site import FoldedSite, Site
@@ -53,6 +52,10 @@ class MethodConfig:
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """Names of the base model's own parameters that train, each adapter a copy of its own; none by default."""
+        return []
+
+    def idle_modules(self, model: nn.Module) -> list[str]:
+        """Paths of the modules of the base that never run with this config, so that nothing in them need exist."""
         return []
 
     def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite | None:

@@ -12,14 +12,14 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fast_prompt.tuning.adapters import FOLDED_CHILD, SavedModules, SiteAdapters, check_adapter_name
 from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
 from fast_prompt.tuning.combination import as_config
+from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
 from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
 from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
 from fast_prompt.tuning.parameters import SavedParameters
@@ -134,7 +134,7 @@ class FastPromptModel(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the modules that the active adapter adapts."""
-        return [site.name for site in self._fast_prompt.sites[self._fast_prompt.active]]
+        return list(dict.fromkeys(site.name for site in self._fast_prompt.sites[self._fast_prompt.active]))
 
     @property
     def is_folded(self) -> bool:
@@ -190,9 +190,16 @@ class FastPromptModel(nn.Module):
         """A context in which the model computes what it did before any adapter, its own heads included.
 
         Raises:
-            RuntimeError: the model is folded.
+            RuntimeError: the model is folded, or compacted.
         """
         self._refuse_while_folded("disable the adapter")
+        self._refuse_if_compacted("disable_adapter")
+        with self._disabled():
+            yield
+
+    @contextmanager
+    def _disabled(self) -> Iterator[None]:
+        """As ``disable_adapter``, for work that runs nothing."""
         enabled = self._fast_prompt.enabled
         self._fast_prompt.enabled = False
         self._use_active()
@@ -207,7 +214,11 @@ class FastPromptModel(nn.Module):
 
         Returns:
             the model itself, no longer a FastPromptModel.
+
+        Raises:
+            RuntimeError: the model is compacted.
         """
+        self._refuse_if_compacted("revert")
         self.unfold()
         state = self._fast_prompt
         state.enabled = False
@@ -399,6 +410,31 @@ class FastPromptModel(nn.Module):
             self._use_active()
         return self
 
+    # Compacting
+
+    def compact(self) -> Self:
+        """Drop the weights of the blocks that every adapter skips, from memory and from the model's state; for good.
+
+        What adapters of such blocks hold stays, so saving, loading, switching and training go on. Adapters that come
+        later must skip those blocks too; ``revert()`` and ``disable_adapter()`` are refused from now on.
+
+        Returns:
+            the model itself.
+
+        Raises:
+            RuntimeError: the model is folded, or its adapters are disabled.
+            ValueError: no block is skipped by every adapter; the message says what each skips.
+        """
+        self._refuse_while_folded("compact it")
+        state = self._fast_prompt
+        if not state.enabled:
+            raise RuntimeError("compact: the adapters are disabled here")
+        for path in idle_in_all(self, state.configs):
+            if path not in state.dropped:
+                drop_weights(self.get_submodule(path))
+                state.dropped.append(path)
+        return self
+
     # Within
 
     def _attach(self, name: str, draft: Draft) -> None:
@@ -411,7 +447,7 @@ class FastPromptModel(nn.Module):
                 setattr(host, site.child, SiteAdapters(host))
             for path, forward in site.forwards:
                 if (path, forward) not in replaced:
-                    replace_forward(self.get_submodule(path), forward)
+                    replace_forward(self.get_submodule(path), forward, site.inmost)
                     replaced.add((path, forward))
             module.train(host.training).requires_grad_(False)
             self._adapters(site)[name] = module
@@ -461,7 +497,8 @@ class FastPromptModel(nn.Module):
         check_adapter_name(name)
         if name in self._fast_prompt.configs:
             raise ValueError(f"adapter_name: {name!r} exists already")
-        with self.disable_adapter():
+        check_skips(config, self, self._fast_prompt.dropped)
+        with self._disabled():
             return Draft.build(self, config)
 
     def _parts(self, name: str) -> Parts:
@@ -503,6 +540,14 @@ class FastPromptModel(nn.Module):
     def _refuse_while_folded(self, action: str) -> None:
         if self.is_folded:
             raise RuntimeError(f"the model is folded, for inference only: call unfold() before you {action}")
+
+    def _refuse_if_compacted(self, action: str) -> None:
+        dropped = self._fast_prompt.dropped
+        if dropped:
+            raise RuntimeError(
+                f"{action}: compact() has dropped the weights of {', '.join(dropped)}, which the model would need "
+                "without its adapter; load the model anew"
+            )
 
 
 def _read_config(directory: Path) -> tuple[MethodConfig, str]:

@@ -21,6 +21,7 @@ class Site:
         width: d, the width of the activations there.
         child: name of the host's child that keeps the adapters; where two sites share a host, theirs differ.
         patches: paths of further modules that must play along, each with what replaces its forward.
+        inmost: whether the replacement stands inside those of other sites, whichever came first.
         owner: which config of a combination the site belongs to.
     """
 
@@ -30,6 +31,7 @@ class Site:
     width: int
     child: str = CHILD
     patches: dict[str, Replacement] = field(default_factory=dict)
+    inmost: bool = False
     owner: int = 0
 
     @property

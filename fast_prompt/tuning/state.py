@@ -34,6 +34,7 @@ class AdapterState:
         enabled: False inside ``disable_adapter()``.
         own_attributes: names of plain attributes set on the model, for ``revert`` to delete.
         folded: the paths whose forward is replaced while the model is folded, with what replaces it; empty otherwise.
+        dropped: paths of the modules whose weights ``compact`` has dropped.
     """
 
     requires_grad: dict[str, bool]
@@ -44,6 +45,7 @@ class AdapterState:
     enabled: bool = True
     own_attributes: list[str] = field(default_factory=list)
     folded: dict[str, Replacement] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
     def forwards(self) -> Counter[tuple[str, Replacement]]:
         """Every replaced forward by path and replacement: how many sites need it."""

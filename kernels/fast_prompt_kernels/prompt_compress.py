@@ -43,6 +43,7 @@ from fast_prompt_kernels.tiles import (
     TINY,
     Rows,
     Tile,
+    chunk_width,
     coefficient_dot,
     device_guard,
     dot,
@@ -357,12 +358,6 @@ _SPARE_MEMORY = 4096  # bytes of shared memory for the reductions
 _PIECE = 256  # columns of a column block, where the whole width does not fit
 _PRODUCT_TILES = {True: Tile(32, 32, 4, 2), False: Tile(16, 32, 4, 2)}  # by whether activations are half
 NARROW_TILE = Tile(16, 32, 4, 3)  # and always of `output_kernel`, which has the most to hold
-
-
-def chunk_width(width: int, most: int) -> int:
-    """BLOCK_D: the power of two up to ``most`` that covers the width with least to spare, the larger of two such."""
-    sizes = [size for size in (256, 128, 64, 32, 16) if size <= most and (size >= most // 2 or size >= width)]
-    return min(sizes, key=lambda size: (triton.cdiv(width, size) * size, -size))
 
 
 def token_tile(width: int, rows: int, dtype: torch.dtype, operands: int, masked: bool, shared_memory: int) -> TokenTile:

@@ -120,6 +120,12 @@ class Rows(NamedTuple):
         }
 
 
+def chunk_width(width: int, most: int) -> int:
+    """BLOCK_D: the power of two up to ``most`` that covers the width with least to spare, the larger of two such."""
+    sizes = [size for size in (256, 128, 64, 32, 16) if size <= most and (size >= most // 2 or size >= width)]
+    return min(sizes, key=lambda size: (triton.cdiv(width, size) * size, -size))
+
+
 def coefficients_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a backward keeps its coefficients in: float16's range is too small for them before they are scaled."""
     return torch.float32 if dtype == torch.float16 else dtype

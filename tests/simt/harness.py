@@ -12,6 +12,8 @@ import ninja
 import pybind11
 import torch
 
+from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
+
 ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -134,6 +136,22 @@ class Backend:
         module.prompt_compress_backward(rows(grad), *kept, *map(address, results), **given)
         return tuple(result.checked() if result else None for result in results)
 
+    def skip_adapter(self, output, *inputs_and_keep):
+        *inputs, keep_hidden = inputs_and_keep
+        given, _alive = skip_arguments(*inputs)
+        shape = torch.Size([1 if given["route"] else given["adapters"], *output.shape[:2], given["hidden_width"]])
+        hidden = Guarded(shape, output.dtype) if keep_hidden else None
+        self.modules[ELEMENTS[output.dtype]].skip_adapter(output.data_ptr(), address(hidden), **given)
+        return hidden.checked() if keep_hidden else None
+
+    def skip_adapter_backward(self, grad, *inputs_and_needs):
+        *tensors_and_seed, hidden, norm, activation, residual, eps, dropout_p, needs = inputs_and_needs
+        given, _alive = skip_arguments(*tensors_and_seed, norm, activation, residual, eps, dropout_p)
+        results = gradients_of(tensors_and_seed[:9], needs)
+        module, grad = self.modules[ELEMENTS[grad.dtype]], unit_stride(grad)
+        module.skip_adapter_backward(rows(grad), hidden.data_ptr(), list(map(address, results)), **given)
+        return tuple(result.checked() if result else None for result in results)
+
 
 class Guarded:
     """Memory for a result, NaN at first, between NaNs that must still be there afterwards."""
@@ -171,6 +189,11 @@ def rows(tensor):
     assert tensor.stride(-1) == 1 or tensor.size(-1) == 1
     batch_stride = tensor.stride(0) if tensor.dim() == 3 else 0
     return tensor.data_ptr(), tensor.size(-2), batch_stride, tensor.stride(-2)
+
+
+def unit_stride(tensor):
+    """As the Python side of the bindings passes tensors on: copied where a row's elements are not neighbours."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
 def diffusion_arguments(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p):
@@ -214,6 +237,58 @@ def compress_arguments(
         **dropout(seed, dropout_p),
     }
     return given, (query, visual, key_weight, value_weight, value_bias, mask, seed)
+
+
+def skip_arguments(
+    x,
+    down_weight,
+    up_weight,
+    down_bias,
+    up_bias,
+    norm_weight,
+    norm_bias,
+    scale,
+    gates,
+    route,
+    seed,
+    norm,
+    activation,
+    residual,
+    eps,
+    dropout_p,
+):
+    """csrc/cuda's SkipAdapter, and the tensors that must outlive the call."""
+    experts = 1 if gates is None else gates.shape[1]
+    matrices = {
+        "x": x,
+        "down_weight": down_weight,
+        "up_weight": up_weight,
+        "down_bias": down_bias,
+        "up_bias": up_bias,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+    }
+    matrices = {name: unit_stride(tensor) for name, tensor in matrices.items()}
+    vectors = {"scale": scale, "gates": gates, "route": route}
+    vectors = {name: None if tensor is None else tensor.contiguous() for name, tensor in vectors.items()}
+    given = {
+        "batch": x.shape[0],
+        "rows": x.shape[1],
+        "width": x.shape[2],
+        "hidden_width": down_weight.shape[1],
+        "adapters": down_weight.shape[0],
+        "experts": experts,
+        "groups": experts * down_weight.shape[1] // up_weight.shape[2],
+        **{name: rows(tensor) for name, tensor in matrices.items()},
+        "float_weights": down_weight.dtype == torch.float32,
+        **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in vectors.items()},
+        "norm": list(NORMS).index(norm),
+        "activation": list(ACTIVATIONS).index(activation),
+        "residual": list(RESIDUALS).index(residual),
+        "eps": eps,
+        **dropout(seed, dropout_p),
+    }
+    return given, (*matrices.values(), *vectors.values(), seed)
 
 
 def dropout(seed, dropout_p):

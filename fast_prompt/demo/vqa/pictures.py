@@ -67,3 +67,44 @@ def draw_answers(asked: Asked, probabilities: Sequence[Mapping[str, float]], pat
             style: dict[str, Any] = {"color": RIGHT_ANSWER if right else WRONG_ANSWER, "size": 13, "weight": "bold"}
             axes.set_xlabel(f"{answer}   {probability:.0%}{correction}", loc="left", **style)
         figure.savefig(path)
+
+
+def draw_skips(
+    results: Results, sets: Mapping[str, Sequence[str]], blocks: Sequence[str], settings: Settings, path: Path
+) -> None:
+    """Draws, for every row, the blocks that run and those that are skipped, its accuracy, arithmetic and time."""
+    panels = [
+        ("Test accuracy, %", "{:.1f}", lambda row: 100 * row.accuracy),
+        ("Time a question, ms", "{:.2f}", lambda row: row.infer_ms),
+        ("Saved multiply-adds a question, millions", "{:.1f}", lambda row: -row.added_macs / 1e6),
+    ]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(14, 4.2), dpi=150, facecolor="white")
+        figure.text(0.02, 0.92, "Which blocks do the questions need?", size=16, weight="bold")
+        asked = f"{settings.train_questions:,} questions to train on, {settings.test_questions:,} to test"
+        figure.text(0.02, 0.855, f"MiniLM with visual prompts, APT and adapters; {asked}", size=11, color=SOFT)
+        grid = figure.add_gridspec(1, 4, left=0.1, right=0.98, top=0.7, bottom=0.08, wspace=0.12)
+        _draw_blocks(figure.add_subplot(grid[0]), sets, blocks)
+        for index, (title, number, value) in enumerate(panels):
+            axes = figure.add_subplot(grid[index + 1])
+            colors = [OURS if row.method == "Found" else CONTROL for row in results.rows]
+            bars = [Bar(row.method, value(row), color) for row, color in zip(results.rows, colors, strict=True)]
+            draw_bars(axes, bars, title, number)
+            axes.set_yticks([])
+        figure.savefig(path)
+
+
+def _draw_blocks(axes: Any, sets: Mapping[str, Sequence[str]], blocks: Sequence[str]) -> None:
+    """A line of squares for every set: full for a block that runs, open for one that is skipped."""
+    for line, (name, skipped) in enumerate(sets.items()):
+        color = OURS if name == "Found" else CONTROL
+        for number, block in enumerate(blocks):
+            face = "white" if block in skipped else color
+            axes.scatter(number, line, s=210, marker="s", facecolor=face, edgecolor=color, linewidth=1.4)
+    axes.set_yticks(range(len(sets)), list(sets))
+    axes.set_xticks(range(len(blocks)), [str(number) for number in range(len(blocks))])
+    axes.set_ylim(len(sets) - 0.5, -0.5)
+    axes.set_xlim(-0.6, len(blocks) - 0.4)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Blocks: full ones run, open ones are skipped")

@@ -1,50 +1,23 @@
 """The run of `digits-vqa`: encoder, methods, table, adapter saved and loaded, and the search for the layer."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fast_prompt import __version__
-from fast_prompt.demo.costs import Contender, count_macs, median_ms
-from fast_prompt.demo.report import Reload, Results, Row
-from fast_prompt.demo.training import accuracy, fit, progress, shuffled_batches, train_step, trained_parameters
+from fast_prompt.demo.report import Reload, Results
+from fast_prompt.demo.training import progress
 from fast_prompt.demo.vqa import language, pictures, vision
 from fast_prompt.demo.vqa.answering import Answerer, frozen, write_image
-from fast_prompt.demo.vqa.data import Splits, load_splits
-from fast_prompt.demo.vqa.inputs import Encoding, Inputs, batch_loss, scores, take
-from fast_prompt.demo.vqa.methods import ADAPTERS, METHODS, QUESTION_ONLY, Method, adapters
+from fast_prompt.demo.vqa.inputs import scores
+from fast_prompt.demo.vqa.methods import ADAPTERS, METHODS, adapters
+from fast_prompt.demo.vqa.rows import Data, Examples, Trained, load, rows, train
 from fast_prompt.demo.vqa.settings import Settings
-from fast_prompt.demo.vqa.vocabulary import Vocabulary
 from fast_prompt.search import DVPSearch, SearchSettings
 
 NAME = "digits-vqa"
-STANDSTILL = 0.0  # a learning rate at which a step does its work and the weights stay
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A method's model, and how it did on the validation questions."""
-
-    method: Method
-    model: Any
-    validation_accuracy: float
-
-
-@dataclass(frozen=True)
-class Data:
-    """The questions of every split, and what the models get of them."""
-
-    splits: Splits
-    encoding: Encoding
-    train: Inputs
-    validation: Inputs
-    test: Inputs
 
 
 def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | None = None) -> Results:
@@ -68,10 +41,10 @@ def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | 
     output.mkdir(parents=True, exist_ok=True)
     with progress("pretraining the ViT", settings.vision_steps) as bar:
         encoder = frozen(vision.pretrained(output, settings, seed, bar.update))
-    data = _load(encoder, settings, seed)
-    trained = [_train(method, data, settings, seed) for method in METHODS]
+    data = load(encoder, settings, seed)
+    trained = [train(method, data, settings, seed) for method in METHODS]
     tested = {each.method.name: scores(each.model, data.test) for each in trained}
-    rows = _rows(trained, tested, data, settings)
+    table = rows(trained, tested, data, settings)
 
     chosen = next(each for each in trained if each.method is ADAPTERS)
     answerer = Answerer(chosen.model, encoder, data.encoding.reader, data.encoding.vocabulary)
@@ -79,34 +52,14 @@ def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | 
     facts = _facts(trained, data, settings, seed)
     note = (
         f"Rows that train the language model in full saw the questions {settings.full_epochs}x, the others "
-        f"{settings.epochs}x."
+        f"{settings.epochs}x; the first two leave its word embeddings as they are."
     )
-    results = Results(NAME, rows, reload, ("question", "question"), facts, (note,), ("chart.png", "answers.png"))
+    results = Results(NAME, table, reload, ("question", "question"), facts, (note,), ("chart.png", "answers.png"))
     if search:
         results = _search(results, data, settings, seed, output)
     results.write(output / "results.json")
     pictures.draw_chart(results, settings, output / "chart.png")
     return results
-
-
-def _load(encoder: nn.Module, settings: Settings, seed: int) -> Data:
-    splits = load_splits(settings, seed)
-    encoding = Encoding(encoder, language.Reader(), Vocabulary(splits.train.answers))
-    return Data(splits, encoding, *map(encoding, splits))
-
-
-def _train(method: Method, data: Data, settings: Settings, seed: int) -> Trained:
-    torch.manual_seed(seed)
-    model = method.build(settings, len(data.encoding.vocabulary), seed)
-    questions = len(data.splits.train)
-    steps = method.epochs(settings) * -(-questions // settings.batch_size)
-    with progress(method.name, steps) as bar:
-        batches = shuffled_batches(questions, settings.batch_size, seed)
-        loss = partial(batch_loss, model, data.train)
-        fit(model, method.optimizer(model, settings), loss, steps, batches, bar.update)
-        validation = accuracy(scores(model, data.validation), data.validation["labels"])
-        bar.set_postfix_str(f"validation {validation:.1%}")
-    return Trained(method, model, validation)
 
 
 def _save_and_reload(answerer: Answerer, output: Path, data: Data, before: Tensor, settings: Settings) -> Reload:
@@ -126,79 +79,19 @@ def _save_and_reload(answerer: Answerer, output: Path, data: Data, before: Tenso
     return Reload(ADAPTERS.name, len(before), equal, (before - after).abs().max().item())
 
 
-def _rows(trained: list[Trained], tested: dict[str, Tensor], data: Data, settings: Settings) -> list[Row]:
-    """One row a method."""
-    batch = take(data.test, slice(settings.batch_size))
-    step_ms, infer_ms = _timings(trained, data, settings)
-    macs = {each.method.name: count_macs(each.model, **_questions(batch)) for each in trained}
-    labels = data.test["labels"]
-    return [
-        Row(
-            name,
-            accuracy(tested[name], labels),
-            trained_parameters(each.model),
-            step_ms[name],
-            infer_ms[name] / settings.batch_size,
-            macs[name] - macs[QUESTION_ONLY.name],
-        )
-        for each in trained
-        for name in [each.method.name]
-    ]
-
-
-def _timings(trained: list[Trained], data: Data, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of each method's training step, and of inference on a batch of as many questions."""
-    positions = torch.arange(settings.batch_size)
-    batch = take(data.train, positions)
-    still = replace(settings, rate=STANDSTILL, full_rate=STANDSTILL, head_rate=STANDSTILL)
-    steps, inferences = [], []
-    for each in trained:
-        optimizer = each.method.optimizer(each.model, still)
-        step = partial(train_step, optimizer, partial(batch_loss, each.model, data.train, positions))
-        steps.append(Contender(each.method.name, partial(_training, each.model), step))
-        inferences.append(Contender(each.method.name, nullcontext, partial(scores, each.model, batch)))
-    with progress("timing, in turn", 2 * settings.timing_rounds) as bar:
-        return (
-            median_ms(steps, settings.timing_rounds, bar.update),
-            median_ms(inferences, settings.timing_rounds, bar.update),
-        )
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    model.train()
-    yield
-    model.eval()
-
-
-def _questions(inputs: Inputs) -> Inputs:
-    return {name: values for name, values in inputs.items() if name != "labels"}
-
-
-class _Examples:
-    """Training questions one by one, as a search takes them."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-
-    def __len__(self) -> int:
-        return len(self.inputs["labels"])
-
-    def __getitem__(self, index: int) -> Inputs:
-        return take(self.inputs, torch.tensor(index))
-
-
 def _search(results: Results, data: Data, settings: Settings, seed: int, output: Path) -> Results:
-    """Looks for the layer with the training questions alone; a row more where it is not the one of the other rows."""
+    """Looks for the layer with the training questions alone, and says so beside the rows."""
     layers = DVPSearch(
         language.pretrained(),
         adapters(settings, len(data.encoding.vocabulary)),
-        _Examples(data.train),
+        Examples(data.train),
         SearchSettings(
             steps=settings.search_steps,
             batch_size=settings.batch_size,
             reward_share=settings.reward_share,
             reward_batch=settings.reward_batch,
+            reward_from=settings.reward_from,
+            reward_every=settings.reward_every,
             preference_rate=settings.preference_rate,
             learning_rate=settings.rate,
             head_rate=settings.head_rate,

@@ -56,6 +56,8 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+
 // ---- Runtime ----
 
 enum cudaError_t { cudaSuccess = 0 };

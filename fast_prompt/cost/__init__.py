@@ -1,0 +1,21 @@
+"""What a method costs a model: multiply-adds and parameters, counted from real modules without memory."""
+
+from fast_prompt.cost.comparison import comparisons
+from fast_prompt.cost.counting import count_macs, count_parameters
+from fast_prompt.cost.methods import METHODS, Settings, methods_for
+from fast_prompt.cost.rows import Row, count
+from fast_prompt.cost.subject import FAMILIES, Subject, find_subject
+
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "Row",
+    "Settings",
+    "Subject",
+    "comparisons",
+    "count",
+    "count_macs",
+    "count_parameters",
+    "find_subject",
+    "methods_for",
+]

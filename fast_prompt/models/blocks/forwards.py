@@ -1,0 +1,106 @@
+"""The forwards of blocks that are skipped, or kept beside parallel adapters.
+
+A parallel adapter reads what its sublayer reads before any norm, and is computed together with the residual:
+``x + ad(x)`` is one pass, to which the sublayer's result is added.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fast_prompt.models.blocks.skip import adapter_in_place
+from fast_prompt.tuning.adapters import at_site
+from fast_prompt.tuning.site import CHILD
+
+# Children under which the parallel adapters are kept: beside a pre-LN block's attention and MLP, beside the second half
+# of BERT's block, and behind a norm of LLaMA's.
+ATTENTION_CHILD, MLP_CHILD = f"{CHILD}_attention", f"{CHILD}_mlp"
+PARALLEL_CHILD = f"{CHILD}_parallel"
+AFTER_CHILD = f"{CHILD}_after"
+
+
+def skippable_forward(
+    self: Any,
+    forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    *args: Any,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The forward of a block that returns its hidden states alone; what it keeps of adapters is deeper inside."""
+    adapter = adapter_in_place(self)
+    if adapter is not None:
+        return adapter.replace(hidden_states, past_key_values)
+    if past_key_values is not None:
+        kwargs["past_key_values"] = past_key_values
+    return forward(self, hidden_states, *args, **kwargs)
+
+
+def vilt_forward(
+    self: Any,
+    forward: Callable[..., tuple[Any, ...]],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Any, ...]:
+    """The forward of ViLT's block, pre-LN; it returns a tuple."""
+    adapter = adapter_in_place(self)
+    if adapter is not None:
+        return (adapter.replace(hidden_states), *((None,) if output_attentions else ()))
+    if not _has_parallel(self):
+        return forward(self, hidden_states, attention_mask, output_attentions)
+    attended, *weights = self.attention(self.layernorm_before(hidden_states), attention_mask, output_attentions)
+    hidden_states = attended + at_site(self, ATTENTION_CHILD, hidden_states).to(attended.device)
+    wide = self.intermediate(self.layernorm_after(hidden_states))
+    return (self.output(wide, at_site(self, MLP_CHILD, hidden_states)), *weights)
+
+
+def vit_forward(
+    self: Any,
+    forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The forward of ViT's block, pre-LN."""
+    adapter = adapter_in_place(self)
+    if adapter is not None:
+        return adapter.replace(hidden_states)
+    if not _has_parallel(self):
+        return forward(self, hidden_states, attention_mask, **kwargs)
+    attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+    hidden_states = self.dropout(attended) + at_site(self, ATTENTION_CHILD, hidden_states)
+    wide = self.mlp(self.layernorm_after(hidden_states))
+    return self.dropout(wide) + at_site(self, MLP_CHILD, hidden_states)
+
+
+def clip_forward(
+    self: Any, forward: Callable[..., Tensor], hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """The forward of a block of either CLIP tower, pre-LN."""
+    adapter = adapter_in_place(self)
+    if adapter is not None:
+        return adapter.replace(hidden_states)
+    if not _has_parallel(self):
+        return forward(self, hidden_states, attention_mask, **kwargs)
+    attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+    hidden_states = at_site(self, ATTENTION_CHILD, hidden_states) + attended
+    return at_site(self, MLP_CHILD, hidden_states) + self.mlp(self.layer_norm2(hidden_states))
+
+
+def parallel_forward(self: Any, forward: Callable[..., Tensor], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """The forward of the second ``output`` of BERT's block: the adapter of the first half's result beside it all."""
+    output, adapter = forward(self, hidden_states, input_tensor), getattr(self, PARALLEL_CHILD).in_use()
+    return output if adapter is None else output + adapter(input_tensor)
+
+
+def after_forward(self: Any, forward: Callable[..., Tensor], hidden_states: Tensor) -> Tensor:
+    """The forward of LLaMA's norm before a sublayer, which then reads what the adapter makes of it."""
+    return at_site(self, AFTER_CHILD, forward(self, hidden_states))
+
+
+def _has_parallel(block: Any) -> bool:
+    """Whether an adapter that keeps this pre-LN block is in use."""
+    adapters = getattr(block, ATTENTION_CHILD, None)
+    return adapters is not None and adapters.in_use() is not None

@@ -1,0 +1,186 @@
+"""A search as a file says it: which model, which data, which method, how it goes."""
+
+import dataclasses
+import importlib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
+from fast_prompt.search.das import DASSearch, DASSettings
+from fast_prompt.search.dvp import DVPSearch
+from fast_prompt.search.search import Search
+from fast_prompt.search.settings import SearchSettings, TrainingSettings
+from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.files import read_json, read_tensors
+
+# What a file's tables may be called, and what each becomes.
+METHODS: dict[str, type[MethodConfig]] = {"das": DASConfig, "dvp": DVPConfig, "apt": APTConfig}
+TABLES = ("search", "training", *METHODS)
+PATHS = ("model", "examples", "output")
+KEYS = (*PATHS, "model_class", *TABLES)
+
+
+class Columns:
+    """A data set of tensors [N, ...] by the names of a model's keyword arguments.
+
+    Args:
+        tensors: at least one, all of the same N.
+        origin: the file's name, for errors.
+
+    Raises:
+        ValueError: there is none, or their lengths differ.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        lengths = {name: len(tensor) if tensor.dim() else None for name, tensor in tensors.items()}
+        if not lengths or None in lengths.values() or len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())) or "none"
+            raise ValueError(f"{origin}: expected tensors that agree in their first dimension, got {found}")
+        self.tensors = dict(tensors)
+        self._length = len(next(iter(tensors.values())))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One search.
+
+    Attributes:
+        model: directory of a ``transformers`` model.
+        model_class: a class of ``transformers``, or None for the architecture that the model's config names.
+        examples: safetensors file of the model's keyword arguments, labels included, one row an example.
+        output: directory for checkpoints, the picture and what was found.
+        configs: the methods' settings; one of them is searched for.
+        search: how the search goes.
+        training: how to train anew with what was found; None to leave that.
+    """
+
+    model: Path
+    model_class: str | None
+    examples: Path
+    output: Path
+    configs: list[MethodConfig]
+    search: SearchSettings
+    training: TrainingSettings | None
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Plan":
+        """The plan in a TOML file; its relative paths are relative to it.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+            ValueError: it is no TOML, or says something that cannot be; the message names the file and the key.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text())
+            return cls._of(values, path.parent)
+        except (ValueError, TypeError) as error:  # tomllib's errors are ValueErrors
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, values: dict[str, Any], base: Path) -> "Plan":
+        unknown = [key for key in values if key not in KEYS]
+        missing = [key for key in (*PATHS, "search") if key not in values]
+        if unknown or missing:
+            problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+            raise ValueError(f"expected the keys {', '.join(KEYS)}: {problem}")
+        for name in TABLES:
+            if not isinstance(values.get(name, {}), dict):
+                raise ValueError(f"{name}: expected a table [{name}], got {values[name]!r}")
+        methods = [name for name in METHODS if name in values]
+        if sum(name in SEARCHES for name in methods) == 0:
+            raise ValueError(f"expected a table [{'] or ['.join(SEARCHES)}], the method to search for")
+        # Where both are there, the blocks to skip are searched for, and the prompts' layer is given.
+        sought = methods[0]
+        if sought == "dvp":
+            values["dvp"].setdefault("layer", 0)
+        return cls(
+            model=base / _text("model", values["model"]),
+            model_class=values.get("model_class"),
+            examples=base / _text("examples", values["examples"]),
+            output=base / _text("output", values["output"]),
+            configs=[_build(name, METHODS[name], values[name]) for name in methods],
+            search=_build("search", SETTINGS[sought], values["search"]),
+            training=_build("training", TrainingSettings, values["training"]) if "training" in values else None,
+        )
+
+    def prepare(self) -> Search:
+        """Reads model and data, and makes the search, which goes on from a checkpoint in ``output`` if there is one.
+
+        Raises:
+            FileNotFoundError, ValueError: model or data cannot be used, or the settings do not fit them.
+        """
+        for name, path in (("examples", self.examples), ("model", self.model / "config.json")):
+            if not path.is_file():
+                raise FileNotFoundError(f"{name}: there is no file {path}")
+        examples = Columns(read_tensors(self.examples), str(self.examples))
+        model = load_model(self.model, self.model_class)
+        return SEARCHES[_method(self.configs[0])](model, self.configs, examples, self.search, self.output)
+
+
+def _das_search(
+    model: nn.Module, configs: list[MethodConfig], examples: Columns, settings: Any, output: Path
+) -> Search:
+    return DASSearch(model, configs, examples, settings, directory=output)
+
+
+def _dvp_search(
+    model: nn.Module, configs: list[MethodConfig], examples: Columns, settings: Any, output: Path
+) -> Search:
+    if len(configs) > 1:
+        raise ValueError(f"the search for [dvp]'s layer knows no other method, got {', '.join(map(_method, configs))}")
+    (config,) = configs
+    assert isinstance(config, DVPConfig)
+    return DVPSearch(model, config, examples, settings, directory=output)
+
+
+SEARCHES: dict[str, Callable[..., Search]] = {"das": _das_search, "dvp": _dvp_search}
+SETTINGS: dict[str, type[SearchSettings]] = {"das": DASSettings, "dvp": SearchSettings}
+
+
+def load_model(directory: Path, class_name: str | None) -> nn.Module:
+    """A ``transformers`` model from a directory, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the directory holds no config.
+        ValueError: ``transformers`` has no class of that name.
+    """
+    config = read_json(directory / "config.json")
+    name = class_name or next(iter(config.get("architectures") or []), None)
+    transformers: Any = importlib.import_module("transformers")
+    if name is None or not hasattr(transformers, name):
+        raise ValueError(f"model_class: expected a class of transformers, got {name!r}")
+    return getattr(transformers, name).from_pretrained(directory, local_files_only=True).eval()
+
+
+def _method(config: MethodConfig) -> str:
+    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
+
+
+def _build(name: str, kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of a table; ValueError names the table and what is wrong."""
+    known = [each.name for each in dataclasses.fields(kind)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"[{name}]: unknown {', '.join(unknown)}; it may hold {', '.join(known)}")
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"[{name}]: {error}") from error
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}: expected a path, got {value!r}")
+    return value
