@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from aot_compile import ARCHS, DTYPES
-from fast_prompt_kernels import skip_adapter, skip_adapter_backward
+from fast_prompt_kernels import skip_adapter, skip_adapter_backward, skip_adapter_fold, skip_adapter_sums
 
-kernels = SimpleNamespace(**(vars(skip_adapter) | vars(skip_adapter_backward)))
+_MODULES = (skip_adapter, skip_adapter_backward, skip_adapter_fold, skip_adapter_sums)
+kernels = SimpleNamespace(**{name: value for module in _MODULES for name, value in vars(module).items()})
 
 ROW_KERNELS = ("forward_kernel", "row_gradient_kernel")
 OTHER_KERNELS = ("fold_kernel", "sum_partials_kernel")

@@ -14,6 +14,7 @@ from fast_prompt import reference
 from fast_prompt.backends import BACKENDS
 from fast_prompt.bench import probes, prompt_diffusion
 from fast_prompt.cli import main
+from fast_prompt.reference.skip_adapter import Adapter
 
 BENCH = ("bench", "--op", "prompt_diffusion", "--rounds", "2")
 SMALL = "B=2,n=9,d=32,p=4"
@@ -90,7 +91,7 @@ def test_wrong_arguments_give_one_line_that_names_them(capsys, argv, expected):
     assert expected in captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "answer", "parity", "bench", "info"])
+@pytest.mark.parametrize("command", ["demo", "answer", "search", "cost", "parity", "bench", "info"])
 def test_help_has_examples(capsys, command):
     for argv in (["--help"], [command, "--help"]):
         with pytest.raises(SystemExit) as stopped:
@@ -160,6 +161,7 @@ def test_info_for_people_shows_the_same(capsys):
 GRADIENTS = {
     "prompt_diffusion": ("hidden", "source", "prompts", "keys", "log_scale"),
     "prompt_compress": ("query", "visual", "key_weight", "value_weight", "value_bias"),
+    "skip_adapter": ("x", *Adapter._fields, "gates", "kept"),
 }
 
 

@@ -12,6 +12,7 @@ from tiny_models import build
 from transformers import BertConfig, CLIPConfig, LlamaConfig, RobertaConfig, T5Config, ViltConfig
 
 from fast_prompt import APTConfig, cost, get_fast_prompt_model
+from fast_prompt.backends import BACKENDS
 from fast_prompt.cli import main
 from fast_prompt.cost.counting import count_macs, count_parameters
 from fast_prompt.cost.methods import spread
@@ -239,6 +240,16 @@ def test_what_is_counted_is_what_a_real_model_runs(rows):
     adapted = get_fast_prompt_model(model, APTConfig(num_prompts=3))
     row = rows("meter", "apt")["apt"]
     assert (count_macs(adapted, **inputs), *count_parameters(adapted)) == (row.macs, row.params, row.trainable_params)
+
+
+def test_what_is_built_here_changes_no_count(rows, monkeypatch):
+    before = dict(BACKENDS)
+    for name in before:
+        if name != "reference":
+            monkeypatch.setattr(BACKENDS[name], "unavailable", lambda: "not built")
+    for method in ("apt", "dvp", "das"):
+        assert rows.__wrapped__("bert", method)[method] == rows("bert", method)[method]
+    assert before == BACKENDS
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "meter"])

@@ -32,6 +32,16 @@ BUDGETS = json.loads((TESTS / "kernel_budgets.json").read_text())
 HELPERS = {
     "prompt_diffusion": ("reduce_kernel", "round_weights_kernel"),
     "prompt_compress": ("combine_kernel", "moments_kernel", "sum_splits_kernel", "units_kernel"),
+    "skip_adapter": (
+        "down_gradient_kernel",
+        "expert_dots_kernel",
+        "round_parameters_kernel",
+        "scale_gradient_kernel",
+        "sum_parts_kernel",
+        "up_gradient_kernel",
+        "vector_gradient_kernel",
+        "weighted_sums_kernel",
+    ),
 }
 CHIPS = [f"sm_{chip}" for chip in build_native.CUDA_CHIPS]
 ELEMENTS = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}

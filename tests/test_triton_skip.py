@@ -28,7 +28,7 @@ NAMES = (
     "scale",
     "gates",
 )
-ALL = [True] * 9
+UNDONE = {"layer_after": ("scale",)}  # a layer norm behind it undoes any scale: its gradient is a rounding error
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,8 @@ def test_row_tiles_and_hidden_blocks(width, hidden, dtype, monkeypatch):
     """The widest tiles of the tables, in several blocks of hidden columns."""
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)
     inputs, grad = make_inputs(2, 37, width, hidden, dtype=dtype)
-    assert_matches(inputs, grad, settings(), without=("scale",))
+    # A sum over everything, and small beside its terms: in half precision it depends on how x is rounded for products.
+    assert_matches(inputs, grad, settings(), without=() if dtype == F32 else ("scale",))
 
 
 @pytest.mark.parametrize(("norm", "offset"), [("layer", 300.0), ("layer_after", 30.0)])
@@ -123,14 +124,14 @@ def test_an_offset_of_rows_does_not_count(norm, offset):
     """A mean of many deviations: what sums of squares, and products with the mean in them, would lose."""
     inputs, grad = make_inputs(2, 13, 50, 7)
     inputs[0 if norm == "layer" else 4].add_(offset)
-    assert_matches(inputs, grad, settings(norm, residual="none"), without=("scale", "up_bias"))
+    assert_matches(inputs, grad, settings(norm, residual="none"), without=UNDONE.get(norm, ()))
 
 
 def test_no_epsilon():
     """Rows of a tile that do not exist have no deviation to divide by."""
     inputs, grad = make_inputs(1, 5, 40, 7)
     assert_matches(inputs, grad, settings("layer", eps=0.0))
-    assert_matches(inputs, grad, settings("layer_after", eps=0.0), without=("scale",))
+    assert_matches(inputs, grad, settings("layer_after", eps=0.0), without=UNDONE["layer_after"])
 
 
 @pytest.mark.parametrize(("route", "adapters"), [(None, 1), (None, 2), ((1, -1, 0), 2)])
@@ -170,16 +171,16 @@ def test_kept_samples_are_neither_read_nor_written(norm):
 
 
 CALLS = {
-    "layer": (make_inputs, {"adapters": 2}, settings(dropout_p=0.3)),
-    "after": (make_inputs, {}, settings("layer_after", dropout_p=0.3)),
-    "mixture": (make_inputs, {"experts": 2}, settings(residual="normed")),
+    "run": ({"adapters": 2}, settings(dropout_p=0.3)),
+    "after": ({}, settings("layer_after", dropout_p=0.3)),
+    "mixture": ({"experts": 2}, settings(residual="normed")),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_only_what_is_needed(name):
-    make, sizes, options = CALLS[name]
-    inputs, grad = make(2, 11, 20, 6, **sizes)
+    sizes, options = CALLS[name]
+    inputs, grad = make_inputs(2, 11, 20, 6, **sizes)
     given = [index for index, tensor in enumerate(inputs) if tensor is not None]
     _, every = backward(inputs, grad, options)
     for wanted in ([], *([index] for index in given), [1, 3, 5], [2, 4, 7]):
@@ -191,8 +192,8 @@ def test_only_what_is_needed(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_same_bits_twice_and_nothing_overwritten(name):
-    make, sizes, options = CALLS[name]
-    inputs, grad = make(2, 21, 40, 8, dtype=BF16, **sizes)
+    sizes, options = CALLS[name]
+    inputs, grad = make_inputs(2, 21, 40, 8, dtype=BF16, **sizes)
     tensors = [tensor for tensor in (*inputs, grad) if tensor is not None]
     before = [tensor.clone() for tensor in tensors]
     (output, first), (again, second) = (backward(inputs, grad, options) for _ in range(2))
@@ -215,7 +216,7 @@ def test_activations_far_from_zero(activation):
     """Neither infinity times zero nor a derivative of NaN."""
     inputs, grad = make_inputs(1, 6, 20, 6)
     inputs[3] *= 400
-    assert_matches(inputs, grad, settings(activation=activation), without=("scale",))
+    assert_matches(inputs, grad, settings(activation=activation))
 
 
 def test_a_tile_for_every_hidden_width():
@@ -238,6 +239,7 @@ REFUSED = {
     "meta": {"device": torch.device("meta")},
     "float64": {"dtype": torch.float64, "weight_dtype": torch.float64},
     "769": {"adapter_width": 769},
+    "70000": {"num_adapters": 70_000},
     "4000000": {"width": 4_000_000, "adapter_width": 600},
     "2000000": {"width": 2_000_000, "adapter_width": 600, "num_experts": 2},
 }

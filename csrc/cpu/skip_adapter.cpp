@@ -43,13 +43,16 @@ void forward_block(const Call& call, const Adapter* adapters, const Rows& output
   const int64_t first = problem.route ? problem.route[block.sample] : 0;
   const int64_t count = problem.route ? 1 : problem.adapters;
   const int64_t next = block.first + block.count, ahead = smaller(block.count, call.all_rows() - next);
+  // The next tile's rows, both halves at a time.
+  const Ahead halves_ahead =
+      rows_ahead(problem.x, next, problem.x, next + ahead / 2, (ahead + 1) / 2, problem.width);
   Span x{problem.x, block.first, 0};
   for (int64_t i = 0; i < count; ++i) {
     const Adapter& adapter = adapters[first + i];
     const Span y = i + 1 < count ? tile.span(tile.between) : Span{output, block.first, call.all_rows()};
     const int64_t hidden_row = i * call.all_rows() + block.first;
     const Operand z = norm_rows<Dot>(call, adapter, x, block.count, tile);
-    const Ahead wanted = i == 0 ? rows_ahead(problem.x, next, {}, 0, ahead, problem.width) : Ahead{};
+    const Ahead wanted = i == 0 ? halves_ahead : Ahead{};
     project_down<Dot>(call, adapter, z, hidden_row, block.count, hidden, wanted, tile);
     activate_rows(call, hidden_row, block.count, tile, nullptr);
     write_results<Dot>(call, adapter, x, z, y, block.count, tile);

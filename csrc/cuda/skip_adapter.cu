@@ -1,3 +1,42 @@
+// skip_adapter on CUDA GPUs, sm_80 and up: see skip_adapter.h for what it computes. Not yet run on a GPU.
+//
+// What it costs, for M rows (bf16; e.g. M = 64 * 577, d = 768, w = 96, on an H100 with 3.0 TB/s and 600 TFLOP/s by
+// mma.sync):
+//   forward   bytes 2 M d 2 (read x, write y) = 113 MB, 38 us, and 2 M w for a hidden layer that is kept; operations
+//             4 M d w = 10.9 GFLOP, 18 us. So memory is the floor, and arithmetic has to hide behind it.
+//   backward  bytes 2 M d 5 (x, g in, dx out; x and g again for the weights) = 284 MB, 95 us, and 8 M w for t and dh;
+//             operations 8 M d w = 22 GFLOP, 36 us.
+//
+// Forward, one kernel. A block of threads takes tiles of 16 to 128 rows, one after another, its warps sharing out rows
+// and, within them, columns. Where [rows, d] fits, the tile is in shared memory (Resident96: 96 rows of 768 in bf16),
+// as chunks of 128 bytes of each row. Mean and deviation of a row come from there, one after the other; then h = z
+// W_d^T, x being normed in registers, on its way to the tensor cores; t goes, rounded, into shared memory; and, chunk
+// by chunk, v = s (W_u t + b_u), whose warp adds it to its part of the chunk of x, writes y, and starts to load the
+// same part of the next tile. The weights come through a ring of cp.async stages, from L2, once for each tile: that is
+// why tiles are tall. The ring does not pause between adapters, nor between tiles. In a run, y stays where x was until
+// the last adapter. Rows too wide for that (Streamed128: d = 4096) come through the ring beside the weights: read once
+// for the statistics of a norm, once for each block of the hidden layer, once for the result, mostly from L2; there the
+// adapters of a run are launches of their own, from the second on in place.
+//
+// Gates or a route: no tile has rows of two samples; those of kept samples are left out. With gates the operand of the
+// up projection is, for each group, t times its gate for one expert after another, so that the mixture is one product;
+// a chunk with columns of several groups takes one for each, the weight's other rows being zeros. A norm after the
+// adapter has to see all of a row's v: the up projection then runs twice.
+//
+// Backward, for each adapter from the last: a kernel over row tiles, products over all rows for the weights, and sums
+// of parts in a fixed order, so that the same call on the same card gives the same bits. The rows within a run come of
+// the forward kernel again, from the hidden layers (Purpose::replay); so does the gradient of what a norm after the
+// adapter is of (derive). Row tiles: q = dv W_u, from it dh, then dz = W_d^T dh and dx; all rows come through the ring.
+// What the backward of a norm before must know of a whole row of dz are sums of dh times what is known before: sum_k dz
+// norm_weight = sum_j dh_j sum_k W_d norm_weight, and sum_k dz norm_weight xhat = sum_j dh_j (h_j - its part that is no
+// row's). The weights: with P = dh^T xhat, dW_d = P norm_weight + (sum dh) norm_bias, and the norm's own gradients are
+// sums over W_d of P and of dh; dW_u = s t^T dv.
+//
+// float32 multiplies as three TF32 products (tile.cuh). float32 parameters beside half activations are rounded to the
+// activations' type first.
+//
+// Compiled once per type of the activations, FAST_PROMPT_ELEMENT: float32, bfloat16 or float16.
+
 #include "skip_adapter.h"
 
 #include <vector>
@@ -26,9 +65,10 @@ __global__ void __launch_bounds__(ROUNDING_THREADS)
 
 using Resident96 = Layout<3, 2, 2, 6, 3, 1, 1>;
 using Resident64 = Layout<2, 4, 2, 3, 3, 1, 1>;
-using Resident16 = Layout<1, 4, 1, 3, 4, 2, 1>;   // latency
+using Resident16 = Layout<1, 4, 1, 3, 4, 2, 1>;  // latency
 using Streamed128 = Layout<4, 2, 2, 8, 3, 1, 0>;
-using Streamed64 = Layout<2, 2, 2, 6, 3, 2, 0>;
+using Halved64 = Layout<4, 2, 1, 8, 3, 1, 0>;
+using Streamed64 = Layout<2, 4, 2, 3, 3, 1, 0>;
 using Streamed16 = Layout<1, 4, 1, 3, 3, 2, 0>;
 
 unsigned blocks_of(int64_t elements, int64_t block) { return static_cast<unsigned>(ceil_div(elements, block)); }
@@ -49,8 +89,13 @@ constexpr Choice<RowGradients<T>> BACKWARD = {L::ROWS,       L::RESIDENT, L::BLO
                                               L::THREADS,    L::ROW_WARPS, backward_shared_bytes<T, L>,
                                               backward_kernel<T, L>};
 
-constexpr Choice<RowResults<T>> FORWARDS[] = {FORWARD<Resident96>, FORWARD<Resident64>, FORWARD<Streamed128>,
-                                              FORWARD<Resident16>, FORWARD<Streamed16>};
+// The tallest need more registers in float32 than there are.
+template <class Tall, class Short>
+using Tallest = std::conditional_t<sizeof(T) == 2, Tall, Short>;
+
+constexpr Choice<RowResults<T>> FORWARDS[] = {FORWARD<Tallest<Resident96, Resident64>>, FORWARD<Resident64>,
+                                              FORWARD<Tallest<Streamed128, Halved64>>, FORWARD<Resident16>,
+                                              FORWARD<Streamed16>};
 constexpr Choice<RowGradients<T>> BACKWARDS[] = {BACKWARD<Streamed64>, BACKWARD<Streamed16>};
 
 // The first that this device has the shared memory for; those of 16 rows first where taller ones would leave
@@ -81,8 +126,8 @@ class Call {
   const Device device;
   Launches launches;
   Problem<T> problem{};
-  int64_t samples;            // that differ
-  unsigned parallel_adapters; // those of a route; adapters of a run come one after another
+  int64_t samples;             // that differ
+  unsigned parallel_adapters;  // those of a route; adapters of a run come one after another
 
  public:
   Call(const SkipAdapter& given, const Runtime& runtime) : given(given), runtime(runtime), launches(runtime.stream) {

@@ -20,7 +20,7 @@ struct SkipAdapter {
   int64_t experts, groups;                             // both 1 without gates
   Rows x;                                              // [batch, rows, width]
   Rows down_weight;             // [adapters, hidden_width, width]
-  Rows up_weight;               // [adapters, width, hidden_width]; [1, width, experts * hidden_width / groups] with gates
+  Rows up_weight;               // [adapters, width, hidden_width]; with gates [1, width, experts * a group's columns]
   Rows down_bias;               // [adapters, hidden_width]; this and all that follow are null where not given
   Rows up_bias;                 // [adapters, width]; [experts, width] with gates
   Rows norm_weight, norm_bias;  // [adapters, width]

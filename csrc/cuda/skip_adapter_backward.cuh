@@ -7,9 +7,9 @@
 namespace fast_prompt::cuda {
 namespace {
 
-// What the row tiles read and write besides the problem; what is written is null where not wanted. dv is the gradient of
-// v = s (W_u t + b_u): the result's own, but for a norm after the adapter. Sums over rows come in parts, in order of row
-// tiles; `norms`, `up_operand` and `down_operand` are what the weights' gradients are made of.
+// What the row tiles read and write besides the problem; what is written is null where not wanted. dv is the gradient
+// of v = s (W_u t + b_u): the result's own, but for a norm after the adapter. Sums over rows come in parts, in order of
+// row tiles; `norms`, `up_operand` and `down_operand` are what the weights' gradients are made of.
 template <class T>
 struct RowGradients {
   Matrix<T> derivative, grad;  // dv; the result's gradient
@@ -21,7 +21,7 @@ struct RowGradients {
   float* hidden_sums;          // [row tiles, ROW_WARPS, hidden_width], of dh
   float* expert_sums;          // [row tiles, WARPS, experts], of dv . W_u t for each expert, without its gate
   float* result_sums;          // [row tiles, WARPS, width], of dv
-  float* norm_sums;            // [row tiles, WARPS, 2, width], of grad * normed x without its weight and bias, and of grad
+  float* norm_sums;            // [row tiles, WARPS, 2, width], of grad * (x - mean) / deviation, and of grad
   const float* weighted_sums;  // [2, hidden_width] for each adapter: sum_k W_d norm_weight, b_d + sum_k W_d norm_bias
   int up_pitch, down_pitch;
 
@@ -61,15 +61,16 @@ __device__ inline void load_expert(T* tile, const Problem<T>& problem, int adapt
       threadIdx.x, first_row, (columns.group + 1) * group_width, columns.first, problem.expert_width,
       [&](int row, int column, int count) {
         if (first_row + row < columns.group * group_width) count = 0;
-        const int64_t offset = count > 0 ? problem.up_weight.offset(int64_t{adapter} * problem.width + first_row + row) +
-                                               expert_column + columns.first + column
-                                         : 0;
+        const int64_t weight_row = int64_t{adapter} * problem.width + first_row + row;
+        const int64_t offset =
+            count > 0 ? problem.up_weight.offset(weight_row) + expert_column + columns.first + column : 0;
         load_piece(tile + row * L::template WIDE_PITCH<T> + column, problem.up_weight.data + offset, count, aligned);
       });
 }
 
 // Loads, for each row tile, for each group's hidden columns, block by block and expert by expert, the group's chunks of
-// dv and of the up weight; then, chunk by chunk, the down weight block by block, with the rows of x and of the gradient.
+// dv and of the up weight; then, chunk by chunk, the down weight block by block, with the rows of x and of the
+// gradient.
 template <class T, class L>
 class BackwardLoader {
   const Problem<T>& problem;
@@ -165,7 +166,8 @@ __device__ inline void measure_rows(const BackwardBlock<T, L>& block, const RowT
       return read_piece(matrix.data + (left > 0 ? matrix.offset(matrix_row) + column : 0),
                         left < PADDING<T> ? left : PADDING<T>, problem.aligned);
     };
-    const RowNorm norm = measure_row(problem, threadIdx.x % 8, [&](int chunk) { return read(problem.x, global_row, chunk); });
+    const RowNorm norm =
+        measure_row(problem, threadIdx.x % 8, [&](int chunk) { return read(problem.x, global_row, chunk); });
     float slope = 0, moment = 0;
     for (int chunk = 0; problem.residual == SkipResidual::normed && chunk < problem.chunks(); ++chunk) {
       const Piece<T> x = read(problem.x, global_row, chunk), g = read(grad, global_row, chunk);
@@ -230,8 +232,8 @@ __device__ inline int hidden_left(const Problem<T>& problem, const UpColumns& co
   return problem.expert_width - columns.first;
 }
 
-// Fills a warp's part of a block of hidden columns, in the operand, with value(h, keep, row, column): what is made of the
-// hidden element that was kept, dropout or not. Rows beyond the tile's are zeros.
+// Fills a warp's part of a block of hidden columns, in the operand, with value(h, keep, row, column): what is made of
+// the hidden element that was kept, dropout or not. Rows beyond the tile's are zeros.
 template <class T, class L, class Value>
 __device__ inline void fill_hidden(const BackwardBlock<T, L>& block, const RowTile<T, L>& tile,
                                    const UpColumns& columns, Value value) {
@@ -255,7 +257,8 @@ __device__ inline void fill_hidden(const BackwardBlock<T, L>& block, const RowTi
   __syncwarp();
 }
 
-// Calls body(sum, element, slot, column) for a thread's sums of a block of hidden columns and what is in the operand there.
+// Calls body(sum, element, slot, column) for a thread's sums of a block of hidden columns and what is in the operand
+// there.
 template <class T, class L, class Body>
 __device__ inline void with_operand(const BackwardBlock<T, L>& block, const UpColumns& columns,
                                     Sums<L::M, L::N>& sums, Body body) {
@@ -349,9 +352,9 @@ __device__ inline void differentiate_hidden(const BackwardBlock<T, L>& block, We
     }
 }
 
-// What is made of dh once all of it is in the operand: a copy for the down weight's gradient, and for the norm's backward
-// the sums over a row of dz * weight, and of that times the normed x, which need no dz: dz being
-// W_d^T dh, they are those of dh times sums of W_d, and of dh times h. A barrier before and after.
+// What is made of dh once all of it is in the operand: a copy for the down weight's gradient, and for the norm's
+// backward the sums over a row of dz * weight, and of that times the normed x, which need no dz: dz being W_d^T dh,
+// they are those of dh times sums of W_d, and of dh times h. A barrier before and after.
 template <class T, class L>
 __device__ inline void pass_hidden_on(const BackwardBlock<T, L>& block, const RowTile<T, L>& tile) {
   const Problem<T>& problem = block.problem;
@@ -404,7 +407,8 @@ __device__ inline void sum_norm_gradients(const BackwardBlock<T, L>& block, cons
 
 // dz = W_d^T dh (+ the result's gradient), and dx from it, chunk by chunk.
 template <class T, class L, class Weights>
-__device__ inline void differentiate_rows(const BackwardBlock<T, L>& block, Weights& weights, const RowTile<T, L>& tile) {
+__device__ inline void differentiate_rows(const BackwardBlock<T, L>& block, Weights& weights,
+                                          const RowTile<T, L>& tile) {
   const Problem<T>& problem = block.problem;
   const Place<L>& place = block.place;
   const bool normed = problem.normed_before();

@@ -17,7 +17,7 @@ struct RowResults {
   Purpose purpose;
   T* output;              // [rows, width]
   T* hidden;              // [adapters, rows, hidden_width]; written by `forward` unless null, else read
-  float* norm_sums;       // derive: [row tiles, ROW_WARPS, 2, width], each one's gradients of the norm's weight and bias
+  float* norm_sums;       // derive: [row tiles, ROW_WARPS, 2, width], parts of the norm's weight's and bias's gradients
 };
 
 template <class T, class L>
@@ -25,7 +25,8 @@ constexpr int64_t forward_shared_bytes(const Problem<T>& problem) {
   const int64_t elements = L::STAGES * int64_t{L::template STAGE<T>(L::RESIDENT ? 0 : 1)} +
                            L::ROWS * int64_t{operand_pitch(problem)} +
                            (L::RESIDENT ? problem.chunks() * int64_t{L::template TILE<T>} : 0);
-  return elements * static_cast<int64_t>(sizeof(T)) + L::ROWS * (2 + 5 * L::COLUMN_WARPS) * sizeof(float);
+  const int exchanged = problem.norm == SkipNorm::layer_after ? 5 * L::COLUMN_WARPS : 0;
+  return elements * static_cast<int64_t>(sizeof(T)) + L::ROWS * (2 + exchanged) * sizeof(float);
 }
 
 // Loads, for each row tile and each adapter, the down weight, block of hidden columns by block and chunk by chunk; then
@@ -153,7 +154,7 @@ __device__ inline void measure_rows(const ForwardBlock<T, L>& block, const RowTi
     const T* const source = problem.x.data + (inside ? problem.x.offset(global_row) : 0) + piece;
     const RowNorm norm = measure_row(problem, threadIdx.x % 8, [&](int chunk) {
       if (L::RESIDENT)
-        return *reinterpret_cast<const Piece<T>*>(block.resident + chunk * L::template TILE<T> + row * PITCH<T> + piece);
+        return *reinterpret_cast<const Piece<T>*>(block.rows(nullptr, chunk) + row * PITCH<T> + piece);
       const int left = inside ? problem.width - chunk * CHUNK<T> - piece : 0;
       return read_piece(source + chunk * CHUNK<T>, left < PADDING<T> ? left : PADDING<T>, problem.aligned);
     });
@@ -191,7 +192,8 @@ __device__ inline void down_product(const ForwardBlock<T, L>& block, Weights& we
         else
           load(left[m], tile, PITCH<T>, place.lane);
       }
-      multiply(sums, left, [&](auto& operand, int n) { load(operand, right + n * 8 * PITCH<T> + k, PITCH<T>, place.lane); });
+      multiply(sums, left,
+               [&](auto& operand, int n) { load(operand, right + n * 8 * PITCH<T> + k, PITCH<T>, place.lane); });
     }
   }
 }
@@ -357,7 +359,8 @@ struct NormAfter {
   }
 };
 
-// Turns v into the result, or into the gradient of v: what becomes of one element in the place of x, or of the gradient.
+// Turns v into the result, or into the gradient of v: what becomes of one element in the place of x, or of the
+// gradient.
 template <class T, class L>
 __device__ inline float finish_element(const ForwardBlock<T, L>& block, int adapter, const RowNorm& norm,
                                        const NormAfter<L>& after, int slot, int column, float v, float x) {
@@ -390,7 +393,8 @@ __device__ inline void finish_rows(const ForwardBlock<T, L>& block, int adapter,
   write_sums(sums, block.place.pair, block.place.group, rows, PITCH<T>);
 }
 
-// derive: a warp's part of the gradients of the norm's weight and bias, from its part of v and of the result's gradient.
+// derive: a warp's part of the gradients of the norm's weight and bias, from its part of v and of the result's
+// gradient.
 template <class T, class L, int N>
 __device__ inline void sum_norm_gradients(const ForwardBlock<T, L>& block, const RowTile<T, L>& tile, int first_column,
                                           const NormAfter<L>& after, const T* rows, const Sums<L::M, N>& v) {

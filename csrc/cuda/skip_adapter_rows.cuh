@@ -37,7 +37,7 @@ struct Problem {
 
   // An element of a vector that there is one of for each adapter; 0 where it is not given.
   __device__ float at(const Matrix<T>& vectors, int64_t adapter, int column) const {
-    return vectors.data ? to_float(vectors.data[vectors.offset(adapter) + column]) : 0;
+    return vectors.data ? to_float(vectors.data[adapter * vectors.row_stride + column]) : 0;
   }
   // The groups of columns that a chunk of the result has columns of.
   __device__ int first_group(int chunk) const { return groups == 1 ? 0 : chunk * CHUNK<T> / (width / groups); }
@@ -48,9 +48,9 @@ struct Problem {
 };
 
 // ROW_WARPS x COLUMN_WARPS warps take a tile of rows [ROWS, width]; in the hidden layer, COLUMNS of it at a time, each
-// has [16 M, 8 N] in registers, and else its rows of a chunk's share of columns. STAGES tiles of operands are in flight;
-// BLOCKS such blocks are meant to share a multiprocessor. Where RESIDENT, the rows stay in shared memory; else they come
-// through the ring beside the weights.
+// has [16 M, 8 N] in registers, and else its rows of a chunk's share of columns. STAGES tiles of operands are in
+// flight; BLOCKS such blocks are meant to share a multiprocessor. Where RESIDENT, the rows stay in shared memory; else
+// they come through the ring beside the weights.
 template <int ROW_WARPS_, int COLUMN_WARPS_, int M_, int N_, int STAGES_, int BLOCKS_, int RESIDENT_>
 struct Layout {
   static constexpr int ROW_WARPS = ROW_WARPS_, COLUMN_WARPS = COLUMN_WARPS_, M = M_, N = N_;
@@ -94,8 +94,8 @@ struct Place {
   __device__ int row(int slot) const { return first_row + slot / 2 * 16 + slot % 2 * 8 + group; }
 };
 
-// The operand of the up projection in shared memory: for each group its hidden columns expert after expert, each expert's
-// times its gate, padded with zeros to whole steps of the product.
+// The operand of the up projection in shared memory: for each group its hidden columns expert after expert, each
+// expert's times its gate, padded with zeros to whole steps of the product.
 __host__ __device__ constexpr int group_pitch(int up_depth) { return (up_depth + 15) / 16 * 16; }
 
 template <class T>
@@ -291,8 +291,8 @@ __device__ inline float sum_groups(float value) {
   return value;
 }
 
-// A fragment of a tile whose elements are changed by change(element, lower, column): lower of the fragment's 16 rows are
-// the last 8.
+// A fragment of a tile whose elements are changed by change(element, lower, column): lower of the fragment's 16 rows
+// are the last 8.
 template <class T, class Change>
 __device__ inline void load_changed(Left<T>& left, const Half<T>* tile, int pitch, int lane, Change change) {
   load(left, tile, pitch, lane);

@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
   if (place.lane == 0 && column < columns) sums[sample * columns + column] = sum;
 }
 
-// How samples' sums make up the gradient of a vector of parameters: those of each adapter's samples, or with gates all of
-// them for each expert, times its gate.
+// How samples' sums make up the gradient of a vector of parameters: those of each adapter's samples, or with gates all
+// of them for each expert, times its gate.
 struct SampleSums {
   const float* sums;  // [samples, pitch]
   int64_t samples;
@@ -231,11 +231,12 @@ __global__ void __launch_bounds__(SUM_THREADS)
 // z = weight * xhat + bias: dW_d = P weight + dh bias, and for the norm itself sum_j W_d P and sum_j W_d dh.
 template <class T, class W>
 struct DownGradient {
-  const float* parts;       // [adapters, splits, hidden_width, width]
-  const float* hidden_sums; // [adapters, hidden_width], of dh
+  const float* parts;        // [adapters, splits, hidden_width, width]
+  const float* hidden_sums;  // [adapters, hidden_width], of dh
   int splits, first_adapter;
   W *down_weight, *norm_weight, *norm_bias;  // null where not wanted
-  // Where the normed rows are added to the result, the sums of grad * xhat and of grad: [adapters, 2, width]; else null.
+  // Where the normed rows are added to the result, the sums of grad * xhat and of grad: [adapters, 2, width]; else
+  // null.
   const float* norm_sums;
 };
 
@@ -245,7 +246,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
     down_gradient_kernel(const __grid_constant__ Problem<T> problem, const __grid_constant__ DownGradient<T, W> all) {
   const SumPlace place;
   const int column = blockIdx.x * 32 + place.column;
-  const int64_t index = blockIdx.y, adapter = all.first_adapter + index, elements = int64_t{problem.hidden_width} * problem.width;
+  const int64_t index = blockIdx.y, adapter = all.first_adapter + index;
+  const int64_t elements = int64_t{problem.hidden_width} * problem.width;
   const bool inside = column < problem.width, normed = problem.normed_before();
   const float weight = inside && normed ? problem.at(problem.norm_weight, adapter, column) : 1;
   const float bias = inside && normed ? problem.at(problem.norm_bias, adapter, column) : 0;
@@ -253,7 +255,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
   for (int j = place.lane; inside && j < problem.hidden_width; j += SUM_LANES) {
     const int64_t element = int64_t{j} * problem.width + column;
     float product = 0;
-    for (int split = 0; split < all.splits; ++split) product += all.parts[(index * all.splits + split) * elements + element];
+    for (int split = 0; split < all.splits; ++split)
+      product += all.parts[(index * all.splits + split) * elements + element];
     const float hidden_sum = all.hidden_sums[index * problem.hidden_width + j];
     const int64_t row = adapter * problem.hidden_width + j;
     const float down = to_float(problem.down_weight.data[problem.down_weight.offset(row) + column]);
@@ -302,7 +305,7 @@ struct ScalarGradients {
   int experts, width;
   const int64_t* route;
   const float *gates, *scale;
-  float* dots;   // [samples, experts]: dv . (W_u t + b_u)
+  float* dots;            // [samples, experts]: dv . (W_u t + b_u)
   float* gates_gradient;  // [samples, experts]; null where not wanted
 };
 

@@ -29,6 +29,7 @@ _MOST_PROMPTS_AMD_FLOAT32 = 512  # a step through 1024 keys in float32 is all of
 _MOST_ROWS = 64  # of a tile
 _MOST_HEADS = 65535  # of a launch grid's second dimension
 _MOST_HIDDEN = 768  # a row's hidden layer stays on chip
+_MOST_ITEMS = 65535  # of a launch grid's third dimension
 _LEAST_CAPABILITY = (8, 0)  # Ampere
 
 
@@ -73,6 +74,8 @@ def _refuses_hidden(call: SkipAdapterCall) -> str | None:
         return f"takes hidden layers of up to {_MOST_HIDDEN}, not {call.adapter_width}"
     if max(call.num_experts, 1) * call.adapter_width * call.width >= 2**31:
         return f"takes an adapter's weights of fewer than 2**31 elements, not width {call.width}"
+    if max(call.num_adapters, call.num_experts) > _MOST_ITEMS:
+        return f"takes up to {_MOST_ITEMS} adapters or experts, not {max(call.num_adapters, call.num_experts)}"
     return None
 
 

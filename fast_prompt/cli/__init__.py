@@ -25,6 +25,7 @@ examples:
   fast-prompt info                             what runs here, and what does not and why
   fast-prompt demo                             a language model learns to answer questions about images
   fast-prompt answer --adapter runs/digits-vqa/adapter --image IMAGE --question "what is the left digit?"
+  fast-prompt search search.toml               finds the blocks to skip, or the prompts' layer, as a file says
   fast-prompt parity --backend cpu             every op, dtype and gradient against float64
   fast-prompt bench --op prompt_diffusion --shape B=8,n=237,d=768,p=200 --dtype bf16
   fast-prompt cost --model meter               multiply-adds and parameters of every method

@@ -40,7 +40,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     add, defaults = parser.add_argument, cost.Settings()
     models = ", ".join(cost.FAMILIES)
     add("--model", required=True, help=f"{models}, or a directory with a transformers config.json")
-    add("--method", nargs="+", choices=list(cost.METHODS), metavar="NAME", help=f"of {', '.join(cost.METHODS)}")
+    add(
+        "--method",
+        nargs="+",
+        action="extend",
+        choices=list(cost.METHODS),
+        metavar="NAME",
+        help=f"of {', '.join(cost.METHODS)}",
+    )
     add("--image-size", type=_number, help="pixels of a side (default: the model's)")
     add("--text-length", type=_number, help="tokens of a text (default: the usual for the model)")
     add("--batch", type=_number, default=1, help="samples that share what is computed once (default %(default)s)")

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fast_prompt.cost.counting import count_macs
+from fast_prompt.cost.counting import count_macs, without_memory
 from fast_prompt.cost.rows import Row
 from fast_prompt.cost.subject import Subject
 
@@ -61,7 +60,7 @@ def _compressing(subject: Subject, rows: Sequence[Row]) -> list[str]:
 
 def _image_encoder() -> int:
     """MACs of DVP's image encoder."""
-    with FakeTensorMode():
+    with without_memory():
         encoder = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGE_ENCODER)).eval()
         pixels = torch.zeros(1, 3, encoder.config.image_size, encoder.config.image_size)
         return count_macs(encoder, pixel_values=pixels)

@@ -1,13 +1,38 @@
 """Multiply-adds and parameters of a model, counted from the modules and products that are there."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fast_prompt.backends import BACKENDS, use_backend
+from fast_prompt.backends.call import CALLS
+
 importlib.import_module("fast_prompt.ops.flops")  # the formulas of the ops of this package
+
+# A backend that takes every call and runs none: tensors without memory come no further than an op's fake kernel.
+COUNTED = ModuleType("counted")
+vars(COUNTED).update(dict.fromkeys(CALLS), unavailable=lambda: None, refuses=lambda op, call: None)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Tensors made within have no memory (they live on the meta device and say that they are on the CPU).
+
+    Every op takes the form that it has where there is a kernel for it, whether one is built here or not.
+    """
+    BACKENDS[COUNTED.__name__] = COUNTED
+    try:
+        with use_backend(COUNTED.__name__), FakeTensorMode():
+            yield
+    finally:
+        del BACKENDS[COUNTED.__name__]
 
 
 def _addmm_flops(added: list[int], left: list[int], right: list[int], **_: object) -> int:

@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from fast_prompt.cost.counting import count_macs, count_parameters
+from fast_prompt.cost.counting import count_macs, count_parameters, without_memory
 from fast_prompt.cost.methods import METHODS, Settings, Variant
 from fast_prompt.cost.subject import Subject
 
@@ -60,14 +58,11 @@ class Row:
 def count(subject: Subject, methods: Iterable[str], settings: Settings) -> list[Row]:
     """The rows of `methods`, names in `METHODS`.
 
-    Models are built and run on fake tensors, which live on the meta device and say that they are on the CPU: they have
-    no memory, and the ops choose the backend that they would.
-
     Raises:
         ValueError: a method does not fit the model, or a setting does not fit it.
     """
     sizes = {name: size for name in SIZES if (size := getattr(subject, name)) is not None}
-    with FakeTensorMode():
+    with without_memory():
         base = count_macs(subject.model(), **subject.inputs())
         variants = (variant for name in methods for variant in METHODS[name](subject, settings))
         return [_row(subject.name, variant, sizes, base) for variant in variants]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fast_prompt import reference
 from fast_prompt.parity import arrangements
 from fast_prompt.parity.problem import Problem
 from fast_prompt.reference.skip_adapter import NORMS, Adapter, adapt, apart, dropout
@@ -178,9 +179,11 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     options |= {"route": case.route} if case.route is not None else {}
     if case.activation == "relu":
         _leave_kinks(tensors, options, KINK_MARGINS[dtype] * max(1, case.adapters), generator)
-    # Partly along x: the scale's gradient, one sum over everything, is then no small difference of large terms.
-    grad = (normal(*case.rows, width) + tensors["x"].float() / 2).to(dtype)
-    return Problem(tensors, grad, options, ARGUMENTS)
+    grad = normal(*case.rows, width)
+    if case.norm != "layer_after":  # which takes out of the gradient what is along the result
+        # The gradients of scale and gates, sums over everything, are then no small differences of large terms.
+        grad += reference.skip_adapter(**{name: tensor.float() for name, tensor in tensors.items()}, **options) / 2
+    return Problem(tensors, grad.to(dtype), options, ARGUMENTS)
 
 
 def _missing(case: Case) -> tuple[str, ...]:

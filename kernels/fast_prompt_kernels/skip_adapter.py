@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fast_prompt_kernels.skip_adapter_fold import Folded, fold
 from fast_prompt_kernels.tiles import (
     Rows,
     Tile,
@@ -274,33 +275,6 @@ def up_moments(
 
 
 @triton.jit
-def fold_kernel(
-    folded, column_sums, constants, down_weight, down_bias, norm_weight, norm_bias, w, d,
-    DOWN_BIASED: tl.constexpr, NORM_BIASED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Row j: ``folded = down_weight * norm_weight``, its sum, and ``down_weight @ norm_bias + down_bias``."""
-    row = tl.program_id(0).to(tl.int64)
-    adapter = row // w
-    total = tl.zeros([BLOCK], tl.float32)
-    constant = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, d, BLOCK):
-        lane = start + tl.arange(0, BLOCK)
-        weight = tl.load(down_weight + row * d + lane, mask=lane < d, other=0.0).to(tl.float32)
-        factor = tl.load(norm_weight + adapter * d + lane, mask=lane < d, other=0.0).to(tl.float32)
-        product = round_to(weight * factor, folded.dtype.element_ty)
-        tl.store(folded + row * d + lane, product, mask=lane < d)
-        total += product.to(tl.float32)
-        if NORM_BIASED:
-            bias = tl.load(norm_bias + adapter * d + lane, mask=lane < d, other=0.0).to(tl.float32)
-            constant += weight * bias
-    tl.store(column_sums + row, tl.sum(total, axis=0))
-    offset = tl.sum(constant, axis=0)
-    if DOWN_BIASED:
-        offset += tl.load(down_bias + row).to(tl.float32)
-    tl.store(constants + row, offset)
-
-
-@triton.jit
 def adapt_rows(
     target, hidden, source, offsets, row, valid, index, first_row,
     down_weight, column_sums, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale, gates,
@@ -405,13 +379,12 @@ _AMD_HALF_TILES = _HALF_TILES | {512: Tile(16, 32, 8, 2), 768: Tile(16, 16, 8, 2
 _FLOAT32_TILES = {
     128: Tile(32, 32, 8, 2),
     256: Tile(16, 32, 4, 2),
-    512: Tile(16, 16, 4, 2),
+    384: Tile(16, 32, 8, 2),
     768: Tile(16, 16, 8, 2),
 }
 _MIXED_GRADIENT_TILES = {True: Tile(16, 64, 8, 2), False: Tile(16, 32, 4, 2)}  # by whether half; up to w = 256
 MOST_HIDDEN = max(_HALF_TILES)
 _FEWEST_ROWS = 16  # that the tensor cores multiply
-_FOLD_COLUMNS = 1024  # of one step of `fold_kernel`
 
 
 def hidden_blocks(width: int) -> tuple[int, int]:
@@ -445,14 +418,6 @@ def narrow(tile: Tile) -> Tile:
 # Launchers. Nothing here reads device memory or waits for the device, so CUDA graphs can capture it.
 
 
-class Folded(NamedTuple):
-    """The down projection with the norm before it: W' [A, w, d], its row sums and constants, float32 [A, w]."""
-
-    weight: Tensor
-    column_sums: Tensor
-    constants: Tensor
-
-
 class Parameters(NamedTuple):
     """An adapter's parameters as kernels take them: contiguous, the weights in the activations' dtype.
 
@@ -478,7 +443,7 @@ class Parameters(NamedTuple):
         down_bias, _, norm_weight, norm_bias, _, _ = rest
         folded = None
         if norm in ("layer", "rms"):
-            folded = _fold(dtype, down_weight.contiguous(), down_bias, norm_weight, norm_bias)
+            folded = fold(dtype, down_weight.contiguous(), down_bias, norm_weight, norm_bias)
         return cls(down_weight.to(dtype).contiguous(), up_weight.to(dtype).contiguous(), *rest, folded)
 
     def arguments(self) -> dict[str, object]:
@@ -507,19 +472,6 @@ class Parameters(NamedTuple):
         }
 
 
-def _fold(
-    dtype: torch.dtype, down_weight: Tensor, down_bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None
-) -> Folded:
-    adapters, hidden, width = down_weight.shape
-    folded = torch.empty(down_weight.shape, dtype=dtype, device=down_weight.device)
-    sums = torch.empty((2, adapters, hidden), dtype=torch.float32, device=down_weight.device)
-    fold_kernel[(adapters * hidden,)](
-        folded, *sums, down_weight, down_bias, norm_weight, norm_bias, hidden, width,
-        DOWN_BIASED=down_bias is not None, NORM_BIASED=norm_bias is not None, BLOCK=_FOLD_COLUMNS,
-    )  # fmt: skip
-    return Folded(folded, *sums)
-
-
 class Plan(NamedTuple):
     """What the launches of one call share.
 
@@ -544,7 +496,7 @@ class Plan(NamedTuple):
         cls, x: Tensor, parameters: Parameters, route: Tensor | None, seed: Tensor | None,
         norm: str, activation: str, residual: str, eps: float, dropout_p: float, backward: bool = False,
     ) -> "Plan":  # fmt: skip
-        """For x [B, n, d]; ``backward`` for the kernels that hold more."""
+        """For x [B, n, d]."""
         batch, rows_per_sample, _ = x.shape
         by_sample = route is not None or parameters.gates is not None
         hidden = parameters.down_weight.shape[-2]
