@@ -99,6 +99,9 @@ def expected(inputs, grad, options):
 
 def assert_matches(inputs, grad, options, without=()):
     tolerance = TOLERANCES[inputs[0].dtype]
+    if options[0] != "layer_after":  # whose gradient has nothing along its result
+        # Partly along the result, so that the sums over everything are no small differences of large terms.
+        grad = (grad + expected(inputs, grad, options)[0] / 2).to(grad.dtype)
     output, gradients = expected(inputs, grad, options)
     actual, results = backward(inputs, grad, options)
     assert relative_error(actual, output) < tolerance

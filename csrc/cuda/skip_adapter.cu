@@ -7,14 +7,14 @@
 //   backward  bytes 2 M d 5 (x, g in, dx out; x and g again for the weights) = 284 MB, 95 us, and 8 M w for t and dh;
 //             operations 8 M d w = 22 GFLOP, 36 us.
 //
-// Forward, one kernel. A block of threads takes tiles of 16 to 128 rows, one after another, its warps sharing out rows
+// Forward, one kernel. A block of threads takes tiles of 16 to 96 rows, one after another, its warps sharing out rows
 // and, within them, columns. Where [rows, d] fits, the tile is in shared memory (Resident96: 96 rows of 768 in bf16),
 // as chunks of 128 bytes of each row. Mean and deviation of a row come from there, one after the other; then h = z
 // W_d^T, x being normed in registers, on its way to the tensor cores; t goes, rounded, into shared memory; and, chunk
 // by chunk, v = s (W_u t + b_u), whose warp adds it to its part of the chunk of x, writes y, and starts to load the
 // same part of the next tile. The weights come through a ring of cp.async stages, from L2, once for each tile: that is
 // why tiles are tall. The ring does not pause between adapters, nor between tiles. In a run, y stays where x was until
-// the last adapter. Rows too wide for that (Streamed128: d = 4096) come through the ring beside the weights: read once
+// the last adapter. Rows too wide for that (Streamed64: d = 4096) come through the ring beside the weights: read once
 // for the statistics of a norm, once for each block of the hidden layer, once for the result, mostly from L2; there the
 // adapters of a run are launches of their own, from the second on in place.
 //
@@ -66,8 +66,6 @@ __global__ void __launch_bounds__(ROUNDING_THREADS)
 using Resident96 = Layout<3, 2, 2, 6, 3, 1, 1>;
 using Resident64 = Layout<2, 4, 2, 3, 3, 1, 1>;
 using Resident16 = Layout<1, 4, 1, 3, 4, 2, 1>;  // latency
-using Streamed128 = Layout<4, 2, 2, 8, 3, 1, 0>;
-using Halved64 = Layout<4, 2, 1, 8, 3, 1, 0>;
 using Streamed64 = Layout<2, 4, 2, 3, 3, 1, 0>;
 using Streamed16 = Layout<1, 4, 1, 3, 3, 2, 0>;
 
@@ -89,12 +87,10 @@ constexpr Choice<RowGradients<T>> BACKWARD = {L::ROWS,       L::RESIDENT, L::BLO
                                               L::THREADS,    L::ROW_WARPS, backward_shared_bytes<T, L>,
                                               backward_kernel<T, L>};
 
-// The tallest need more registers in float32 than there are.
-template <class Tall, class Short>
-using Tallest = std::conditional_t<sizeof(T) == 2, Tall, Short>;
+// The taller one needs more registers in float32 than there are.
+using Resident = std::conditional_t<sizeof(T) == 2, Resident96, Resident64>;
 
-constexpr Choice<RowResults<T>> FORWARDS[] = {FORWARD<Tallest<Resident96, Resident64>>, FORWARD<Resident64>,
-                                              FORWARD<Tallest<Streamed128, Halved64>>, FORWARD<Resident16>,
+constexpr Choice<RowResults<T>> FORWARDS[] = {FORWARD<Resident>, FORWARD<Streamed64>, FORWARD<Resident16>,
                                               FORWARD<Streamed16>};
 constexpr Choice<RowGradients<T>> BACKWARDS[] = {BACKWARD<Streamed64>, BACKWARD<Streamed16>};
 

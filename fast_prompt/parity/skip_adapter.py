@@ -182,7 +182,8 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     grad = normal(*case.rows, width)
     if case.norm != "layer_after":  # which takes out of the gradient what is along the result
         # The gradients of scale and gates, sums over everything, are then no small differences of large terms.
-        grad += reference.skip_adapter(**{name: tensor.float() for name, tensor in tensors.items()}, **options) / 2
+        wide: dict[str, Any] = {name: tensor.float() for name, tensor in tensors.items()}
+        grad += reference.skip_adapter(**wide, **options) / 2
     return Problem(tensors, grad.to(dtype), options, ARGUMENTS)
 
 

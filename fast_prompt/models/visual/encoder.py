@@ -3,11 +3,10 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fast_prompt.tuning.files import read_tensors, tensor_bytes, write_atomically
 
