@@ -298,7 +298,7 @@ def test_opcheck(name):
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function in (forward, backward):
-                seen.append((function, args))
+                seen.append((function, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
             return function(*args, **(kwargs or {}))
 
     with Record():

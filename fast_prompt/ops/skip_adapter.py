@@ -312,6 +312,8 @@ def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if kept is not None:
         output.index_copy_(0, kept_samples, kept)
     hidden = BACKENDS[backend].skip_adapter(output, x, *parameters, route, seed, *settings)
+    if hidden is not None and kept_samples is not None:
+        hidden.index_fill_(1, kept_samples, 0)  # left alone, it would be another at every call
     return output, x.new_empty(0) if hidden is None else hidden
 
 

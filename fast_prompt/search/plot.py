@@ -79,7 +79,7 @@ def plot_gates(history: Tensor, path: Path | str, blocks: Sequence[str], skipped
         axes.set_yticks(range(len(blocks)), blocks)
         for label, block in zip(axes.get_yticklabels(), blocks, strict=True):
             label.set(color=BEST, weight="bold") if block in skipped else label.set(color=INK)
-        axes.set_title("Which blocks to skip: gates learned from rewards", loc="left", weight="bold")
+        axes.set_title("Which blocks to skip: their probabilities, learned from rewards", loc="left", weight="bold")
         axes.set_xlabel("step")
-        figure.colorbar(image, ax=axes, label="probability of being skipped")
+        figure.colorbar(image, ax=axes, label="probability")
         figure.savefig(path)

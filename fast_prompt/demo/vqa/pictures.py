@@ -76,7 +76,7 @@ def draw_skips(
     panels = [
         ("Test accuracy, %", "{:.1f}", lambda row: 100 * row.accuracy),
         ("Time a question, ms", "{:.2f}", lambda row: row.infer_ms),
-        ("Saved multiply-adds a question, millions", "{:.1f}", lambda row: -row.added_macs / 1e6),
+        ("Saved multiply-adds, millions", "{:.1f}", lambda row: -row.added_macs / 1e6),
     ]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(14, 4.2), dpi=150, facecolor="white")
@@ -107,4 +107,4 @@ def _draw_blocks(axes: Any, sets: Mapping[str, Sequence[str]], blocks: Sequence[
     axes.set_xlim(-0.6, len(blocks) - 0.4)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Blocks: full ones run, open ones are skipped")
+    axes.set_title("Full: runs. Open: skipped")
