@@ -250,11 +250,11 @@ def test_a_batch_that_goes_one_way_costs_nothing_extra(monkeypatch):
 def test_bad_routes_are_refused_before_the_block_runs():
     adapters, block, x = [made()], Block(), rows(2, 3)
     for route, error, message in [
-        ([0], ValueError, r"route: expected one number for each sample .* got shape \(1,\)"),
+        ([0], ValueError, r"route: expected one number for each sample .* got 1 for x"),
         ([0, 1], ValueError, "route: expected adapters from 0 to 0, or -1 for none, got 1"),
         ([-2, 0], ValueError, "got -2"),
-        ([0.0, 1.0], TypeError, "route: expected whole numbers, got torch.float32"),
-        ([True, False], TypeError, "route: expected whole numbers, got torch.bool"),
+        ([0.0, 1.0], TypeError, r"route: expected whole numbers, got \[0.0, 1.0\]"),
+        ([True, False], TypeError, r"route: expected whole numbers, got \[True, False\]"),
     ]:
         with pytest.raises(error, match=message):
             route_block(x, route, adapters, block)

@@ -13,8 +13,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fast_prompt import ops, reference
 from fast_prompt.backends import PromptCompressCall
-from fast_prompt.bench.contender import Contender, backends_for, forced
-from fast_prompt.bench.prompt_diffusion import in_float32
+from fast_prompt.bench.contender import Contender, backends_for, forced, in_float32
 from fast_prompt.ops.prompt_compress import flops as absorbed_flops
 from fast_prompt.parity import Problem
 from fast_prompt.parity.prompt_compress import draw

@@ -4,7 +4,6 @@ The forms by hand are for the op's defaults, ReLU and the maximum; each is here 
 at some shape, dtype and pass.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fast_prompt import ops, reference
 from fast_prompt.backends import PromptDiffusionCall
-from fast_prompt.bench.contender import Contender, backends_for, forced
+from fast_prompt.bench.contender import Contender, backends_for, forced, in_float32
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.parity import Problem
 from fast_prompt.parity.prompt_diffusion import draw
@@ -124,17 +123,6 @@ def eager_function(
     """``_HandWritten`` on [..., n, d]."""
     output = _HandWritten.apply(hidden.flatten(0, -2), source.flatten(0, -2), prompts, keys, log_scale)
     return output.view(hidden.shape)
-
-
-def in_float32(function: Any) -> Any:
-    """The same form on float32 copies: faster where the processor multiplies half types slowly."""
-
-    @functools.wraps(function)
-    def widened(**arguments: Any) -> Tensor:
-        wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        return function(**wide).to(next(iter(arguments.values())).dtype)
-
-    return widened
 
 
 EAGER_FORWARD = {"eager_in_place": eager_in_place, "eager_addmm": eager_addmm}

@@ -11,8 +11,7 @@ from torch.nn.functional import layer_norm, linear, relu
 
 from fast_prompt import ops, reference
 from fast_prompt.backends import SkipAdapterCall
-from fast_prompt.bench.contender import Contender, backends_for, forced
-from fast_prompt.bench.prompt_diffusion import in_float32
+from fast_prompt.bench.contender import Contender, backends_for, forced, in_float32
 from fast_prompt.parity import Problem
 from fast_prompt.parity.skip_adapter import Case, draw
 

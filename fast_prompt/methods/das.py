@@ -206,10 +206,9 @@ def _skips(model: nn.Module) -> dict[str, BlockSkip]:
 
 def _check_blocks(field: str, value: object) -> list[str | int]:
     """The list of paths and numbers that ``value`` is; ValueError names the ``field`` otherwise."""
-    whole = isinstance(value, (list, tuple)) and len(value) > 0
-    if not whole or not all((isinstance(each, (str, int)) and not isinstance(each, bool)) for each in value):  # type: ignore[attr-defined]
+    if not isinstance(value, (list, tuple)) or not value or not all(type(each) in (str, int) for each in value):
         raise ValueError(f"{field}: expected a list of at least one block, by path or number, got {value!r}")
-    return list(value)  # type: ignore[call-overload]
+    return list(value)
 
 
 def _weight_near(model: nn.Module, block: Block) -> nn.Parameter:

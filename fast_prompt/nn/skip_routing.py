@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fast_prompt.nn.skip_adapter import SkipAdapter
-from fast_prompt.ops.skip_adapter import skip_adapter
+from fast_prompt.ops.skip_adapter import checked_route, skip_adapter
 from fast_prompt.reference.skip_adapter import Adapter
 
 
@@ -58,15 +58,16 @@ def route_block(
         TypeError: the route is not of whole numbers.
         ValueError: the route has a wrong length or names no adapter, or the adapters differ in form.
     """
-    chosen = _checked_route(x, route, adapters)
-    taken = set(chosen.tolist())
+    _check_adapters(adapters)
+    chosen = checked_route(x, route, len(adapters))
+    taken = set(chosen)
     if taken == {-1}:
         return block(x, *context)
     if len(taken) < 2:
         return adapters[max(taken, default=0)](x)
     kept = None
     if -1 in taken:
-        samples = (chosen < 0).nonzero()[:, 0].to(x.device)
+        samples = torch.tensor([sample for sample, number in enumerate(chosen) if number < 0], device=x.device)
         kept = block(x.index_select(0, samples), *(_compacted(each, samples, len(x)) for each in context))
     parameters = adapters[0].tensors() if len(adapters) == 1 else _stacked(adapters)
     return skip_adapter(x, *parameters, None, kept, route=chosen, **adapters[0].options())
@@ -95,9 +96,7 @@ def _stacked(adapters: Sequence[SkipAdapter]) -> Adapter:
     return Adapter(*(None if column[0] is None else torch.stack(column) for column in columns))  # type: ignore[arg-type]
 
 
-def _checked_route(x: Tensor, route: Sequence[int] | Tensor, adapters: Sequence[SkipAdapter]) -> Tensor:
-    """The route as int64 [B] on the CPU."""
-    chosen = torch.as_tensor(route).cpu()
+def _check_adapters(adapters: Sequence[SkipAdapter]) -> None:
     if not len(adapters):
         raise ValueError("adapters: expected at least one, got none")
     different = [adapter for adapter in adapters if _form(adapter) != _form(adapters[0])]
@@ -105,17 +104,6 @@ def _checked_route(x: Tensor, route: Sequence[int] | Tensor, adapters: Sequence[
         raise ValueError(f"adapters: expected one form, got {adapters[0]} and {different[0]}")
     if adapters[0].expert_gate is not None:
         raise ValueError("adapters: expected adapters without experts, got a mixture of experts")
-    if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
-        raise TypeError(f"route: expected whole numbers, got {chosen.dtype}")
-    if chosen.shape != x.shape[:1] or x.dim() != 3:
-        raise ValueError(
-            f"route: expected one number for each sample of x [B, n, d], got shape {tuple(chosen.shape)} for x "
-            f"{tuple(x.shape)}"
-        )
-    outside = [number for number in chosen.tolist() if not -1 <= number < len(adapters)]
-    if outside:
-        raise ValueError(f"route: expected adapters from 0 to {len(adapters) - 1}, or -1 for none, got {outside[0]}")
-    return chosen.long()
 
 
 def _compacted(value: Any, samples: Tensor, batch: int) -> Any:

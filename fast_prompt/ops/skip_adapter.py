@@ -84,8 +84,11 @@ def skip_adapter(
     parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
     _check_options(norm, activation, residual, dropout_p, eps)
     _check(x, parameters, scale, gates, norm, residual)
-    chosen = None if route is None else _checked_route(x, down_weight, route, gates, kept)
-    if route is None and kept is not None:
+    adapters = down_weight.shape[0] if down_weight.dim() == 3 else 1
+    chosen = None if route is None else checked_route(x, route, adapters)
+    if chosen is not None:
+        _check_kept(x, chosen, gates, kept)
+    elif kept is not None:
         raise ValueError("kept: expected None without a route, got a tensor")
     x, kept = autocast(x), None if kept is None else autocast(kept)
     _check_dtypes(x, parameters, kept)
@@ -210,10 +213,13 @@ def _check_gates(x: Tensor, down_weight: Tensor, gates: Tensor) -> None:
         )
 
 
-def _checked_route(
-    x: Tensor, down_weight: Tensor, route: Sequence[int] | Tensor, gates: Tensor | None, kept: Tensor | None
-) -> list[int]:
-    """The route as plain numbers, so that torch.compile can burn it in where it came as such."""
+def checked_route(x: Tensor, route: Sequence[int] | Tensor, adapters: int) -> list[int]:
+    """The route as plain numbers, so that torch.compile can burn it in where it came as such.
+
+    Raises:
+        TypeError: it is not of whole numbers.
+        ValueError: its length is not that of x [B, n, d], or it names an adapter beyond those there are.
+    """
     chosen = list(route.tolist() if isinstance(route, Tensor) and route.dim() == 1 else route)
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in chosen):
         raise TypeError(f"route: expected whole numbers, got {route!r}")
@@ -221,21 +227,23 @@ def _checked_route(
         raise ValueError(
             f"route: expected one number for each sample of x [B, n, d], got {len(chosen)} for x {tuple(x.shape)}"
         )
-    if gates is not None:
-        raise ValueError("route: expected None with gates, got a route")
-    adapters = down_weight.shape[0] if down_weight.dim() == 3 else 1
     outside = [number for number in chosen if not -1 <= number < adapters]
     if outside:
         raise ValueError(f"route: expected adapters from 0 to {adapters - 1}, or -1 for none, got {outside[0]}")
-    number_kept = chosen.count(-1)
+    return chosen
+
+
+def _check_kept(x: Tensor, route: list[int], gates: Tensor | None, kept: Tensor | None) -> None:
+    if gates is not None:
+        raise ValueError("route: expected None with gates, got a route")
+    number_kept = route.count(-1)
     if kept is None:
         if number_kept:
             raise ValueError(f"kept: expected the results of the {number_kept} samples of route -1, got None")
-        return chosen
+        return
     checks.check_tensor("kept", kept)
     checks.check_shape("kept", kept, (number_kept, *x.shape[1:]), "the samples of route -1, and x")
     checks.check_device("kept", kept, x.device, "that of x")
-    return chosen
 
 
 def _check_dtypes(x: Tensor, parameters: Sequence[Tensor | None], kept: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """What the searches share: train what is drawn, measure rewards on examples set aside, let them teach a bandit."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ Reward = Callable[[Any, Batch], float]
 Draw = tuple[int, ...]
 
 
-class Search(Training):
+class Search(Training, ABC):
     """A search over the parts of a model, which it leaves as it was.
 
     Each step trains one draw of the arms; now and then the rewards of other draws, measured without gradients on
@@ -78,21 +79,21 @@ class Search(Training):
 
     # What a search of its own says
 
+    @abstractmethod
     def run(self) -> MethodConfig:
         """Search, or go on with a search that was interrupted, which then ends as it would have without that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained_draw(self, step: int) -> Draw:
         """The arms that this step trains."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rewarded_draws(self) -> Sequence[Draw]:
         """The draws whose rewards are compared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def use(self, draw: Draw) -> None:
         """Puts a draw into the model."""
-        raise NotImplementedError
 
     # What all share
 
@@ -121,9 +122,9 @@ class Search(Training):
         plan, collate, directory = settings or self.settings, self.collate, self.directory
         return train_anew(self.model, self.found(), self.examples, plan, collate=collate, directory=directory)
 
+    @abstractmethod
     def found(self) -> MethodConfig:
         """The config with what leads so far."""
-        raise NotImplementedError
 
     def before_step(self, step: int) -> None:
         """Draws what trains."""

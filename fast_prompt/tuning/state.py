@@ -112,7 +112,13 @@ def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: s
         origin: the file's name.
         made_for: the base model that the file says it was made for.
     """
-    expected = tensors_of(parts)
+    problem = mismatch(tensors, tensors_of(parts), "this model")
+    if problem:
+        raise ValueError(f"{origin}: the adapter (made for {made_for}) does not fit this model; {problem}")
+
+
+def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> str:
+    """What differs between a file's tensors and those ``expected`` in ``model``, by name and shape; else nothing."""
     shapes = [
         f"{name} {list(tensors[name].shape)} in the file, {list(value.shape)} here"
         for name, value in expected.items()
@@ -120,15 +126,14 @@ def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: s
     ]
     problems = {
         "missing from the file": [name for name in expected if name not in tensors],
-        "not in this model": [name for name in tensors if name not in expected],
+        f"not in {model}": [name for name in tensors if name not in expected],
         "of another shape": shapes,
     }
-    found = [f"{problem}: {_listing(names)}" for problem, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{origin}: the adapter (made for {made_for}) does not fit this model; {'; '.join(found)}")
+    return "; ".join(f"{problem}: {listing(names)}" for problem, names in problems.items() if names)
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fast_prompt.models.meter.config import MeterConfig
 from fast_prompt.models.meter.model import MeterForVisualQuestionAnswering
 from fast_prompt.tuning.files import read_tensors
+from fast_prompt.tuning.state import listing, mismatch
 
 BLOCKS = r"vit_model\.visual\.transformer\.resblocks\."
 BLOCK = BLOCKS + r"(\d+)\."
@@ -46,7 +47,6 @@ UNUSED = (
 
 POSITIONS = "meter.vision_model.embeddings.position_embedding.weight"
 HEAD = "vqa_classifier."
-LISTED = 6  # names listed in full before an error says how many more there are
 
 
 def load_published(path: str | Path, config: MeterConfig | None = None) -> MeterForVisualQuestionAnswering:
@@ -76,7 +76,7 @@ def load_published(path: str | Path, config: MeterConfig | None = None) -> Meter
     fresh = [] if any(map(_is_head, tensors)) else list(filter(_is_head, own))
     _check_fit(tensors, {name: value for name, value in own.items() if name not in fresh}, str(path))
     if fresh:
-        warnings.warn(f"{path}: has no head for VQA; it is fresh and must be trained: {_listing(fresh)}", stacklevel=2)
+        warnings.warn(f"{path}: has no head for VQA; it is fresh and must be trained: {listing(fresh)}", stacklevel=2)
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
@@ -121,7 +121,7 @@ def translate(
     unused = (*UNUSED, rf"{BLOCKS}{config.vision_config.num_hidden_layers}\..+")
     used = {name: our_names(name) for name in published if not any(re.fullmatch(each, name) for each in unused)}
     if unknown := [name for name, ours in used.items() if not ours]:
-        raise ValueError(f"{origin}: not METER's: {_listing(unknown)}")
+        raise ValueError(f"{origin}: not METER's: {listing(unknown)}")
     return {
         our_name: part
         for name, ours in used.items()
@@ -159,21 +159,6 @@ def interpolate_positions(positions: Tensor, number: int) -> Tensor:
 
 
 def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
-    shapes = [
-        f"{name} {list(tensors[name].shape)} in the file, {list(value.shape)} here"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    problems = {
-        "missing from the file": [name for name in expected if name not in tensors],
-        "not in the config's model": [name for name in tensors if name not in expected],
-        "of another shape": shapes,
-    }
-    found = [f"{problem}: {_listing(names)}" for problem, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{origin}: does not fit; {'; '.join(found)}")
-
-
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    problem = mismatch(tensors, expected, "the config's model")
+    if problem:
+        raise ValueError(f"{origin}: does not fit; {problem}")
