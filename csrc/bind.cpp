@@ -7,8 +7,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -64,18 +68,43 @@ struct Results {
 
 // ---- Memory and threads for one call ----
 
-// Carved from one block where a call takes no more than the thread's last one: of several blocks freed together glibc
-// gives the memory back to the system, which would clear every page of it again for the next call.
+struct Memory {
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> start;
+  int64_t size;
+};
+
+// Null where there is none left.
+Memory allocate_memory(int64_t bytes) {
+  constexpr int64_t LINE = 64;
+  const int64_t size = (bytes + LINE - 1) / LINE * LINE;
+  return {std::unique_ptr<char, Memory::Free>(static_cast<char*>(std::aligned_alloc(LINE, size))), size};
+}
+
+bool poisoned = false;  // whether scratch starts as NaN: a test sees then what is read before it is written
+
+// Scratch, carved from memory that the calling thread keeps from call to call: what the system hands out anew is cleared
+// page by page, which takes a small call longer than its arithmetic. No thread keeps more than MOST_KEPT.
 class Workspace {
-  static inline thread_local int64_t expected = 0;
-  std::vector<Tensor> blocks;
-  char* free = nullptr;
-  int64_t left = 0, taken = 0;
+  static constexpr int64_t MOST_KEPT = 1 << 25;
+  static inline thread_local Memory kept{};
+  std::vector<Memory> blocks;
+  int64_t used = 0, taken = 0;  // of the last block; of all
 
  public:
-  Workspace() = default;
+  Workspace() { blocks.push_back(std::exchange(kept, Memory{})); }
   Workspace(const Workspace&) = delete;
-  ~Workspace() { expected = taken; }
+  ~Workspace() {
+    if (blocks.size() == 1) {
+      kept = std::move(blocks[0]);
+    } else if (taken <= MOST_KEPT) {
+      blocks.clear();
+      kept = allocate_memory(taken);  // one block, where the next call finds room for as much
+      if (!kept.start) kept.size = 0;
+    }
+  }
 
   static void* allocate(void* self, int64_t bytes) {
     return static_cast<Workspace*>(self)->take((bytes + 63) / 64 * 64);
@@ -83,15 +112,15 @@ class Workspace {
 
  private:
   void* take(int64_t bytes) {
-    if (bytes > left) {
-      left = std::max(bytes, expected - taken);
-      blocks.push_back(torch::stable::empty({&left, 1}, ScalarType::Byte));
-      free = static_cast<char*>(blocks.back().data_ptr());
+    if (bytes > blocks.back().size - used) {
+      blocks.push_back(allocate_memory(bytes));
+      STD_TORCH_CHECK(blocks.back().start, "scratch: ", bytes, " bytes of memory are not to be had");
+      used = 0;
     }
-    void* const start = free;
-    free += bytes;
-    left -= bytes;
+    void* const start = blocks.back().start.get() + used;
+    used += bytes;
     taken += bytes;
+    if (poisoned) std::memset(start, 0xFF, bytes);
     return start;
   }
 };
@@ -344,7 +373,7 @@ std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_wei
   return results.tensors;
 }
 
-// ---- Instruction sets ----
+// ---- Instruction sets, and scratch ----
 
 std::string cpu_isa() { return std::string(cpu::level().name); }
 
@@ -353,6 +382,8 @@ std::string cpu_isa_levels() { return cpu::supported_levels(); }
 void select_cpu_isa(std::string name) {
   STD_TORCH_CHECK(cpu::select(name), "instruction set: this machine has ", cpu::supported_levels(), ", got ", name);
 }
+
+void poison_scratch(bool on) { poisoned = on; }
 
 }  // namespace
 }  // namespace fast_prompt
@@ -387,6 +418,7 @@ STABLE_TORCH_LIBRARY(fast_prompt_native, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_levels() -> str");
   m.def("select_cpu_isa(str name) -> ()");
+  m.def("poison_scratch(bool on) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CPU, m) {
@@ -402,4 +434,5 @@ STABLE_TORCH_LIBRARY_IMPL(fast_prompt_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fast_prompt::cpu_isa));
   m.impl("cpu_isa_levels", TORCH_BOX(&fast_prompt::cpu_isa_levels));
   m.impl("select_cpu_isa", TORCH_BOX(&fast_prompt::select_cpu_isa));
+  m.impl("poison_scratch", TORCH_BOX(&fast_prompt::poison_scratch));
 }

@@ -1,8 +1,42 @@
-"""Set before anything imports triton: kernels run in its interpreter where there is no GPU."""
+"""What the tests of several ops share."""
 
 import os
 
+import pytest
 import torch
 
+# Before anything imports triton: kernels run in its interpreter where there is no GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from fast_prompt.backends import cpu  # noqa: E402
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every torch.empty, and the C++ kernels' own scratch, starts as NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    if cpu.unavailable() is None:
+        cpu.poison_scratch(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+    if cpu.unavailable() is None:
+        cpu.poison_scratch(False)
+
+
+@pytest.fixture
+def cpu_restored():
+    """Threads and instruction set are as before, whatever the test does to them."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    cpu.select_isa()
+
+
+@pytest.fixture(params=[] if cpu.unavailable() else cpu.isa_levels())
+def level(request, cpu_restored):
+    """Every instruction set that this machine has, selected."""
+    cpu.select_isa(request.param)
+    return request.param

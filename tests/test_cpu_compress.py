@@ -7,37 +7,16 @@ from fast_prompt.backends import cpu
 from fast_prompt.reference import prompt_compress as reference
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.usefixtures("poisoned_memory", "cpu_restored"),
+]
 LEVELS = [] if cpu.unavailable() else cpu.isa_levels()
 NAMES = ("query", "visual", "key_weight", "value_weight", "value_bias")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # activations, weights
 ALL = [True] * 5
 KEPT = [(True, True), (True, False), (False, False)]  # probabilities, attended
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty, the kernels' own scratch included, starts as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    cpu.select_isa()
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    cpu.select_isa(request.param)
-    return request.param
 
 
 def make_inputs(batch, queries, tokens, heads, head_width, token_width, dtype=F32, weight_dtype=None):

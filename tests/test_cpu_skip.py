@@ -11,34 +11,13 @@ from fast_prompt.parity.problem import evaluate
 from fast_prompt.parity.skip_adapter import PARAMETERS, Case, draw
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.usefixtures("poisoned_memory", "cpu_restored"),
+]
 LEVELS = [] if cpu.unavailable() else cpu.isa_levels()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DIFFERENTIABLE = ("x", *PARAMETERS, "gates")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty, the kernels' own scratch included, starts as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    cpu.select_isa()
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    cpu.select_isa(request.param)
-    return request.param
 
 
 def make(case, dtype=F32):

@@ -12,7 +12,10 @@ from fast_prompt.reference import prompt_diffusion as reference
 from fast_prompt.reference.philox import philox
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
-pytestmark = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable())),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 if backend.unavailable() is None:
     import triton
     import triton.language as tl
@@ -24,16 +27,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # activations, weights
 ALL = [True] * 5
 KINK_MARGIN = 1e-5  # no score so near ReLU's kink that rounding decides its gradient
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty, the kernels' own scratch included, starts as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def make_inputs(batch, rows, width, prompts, dtype=F32, weight_dtype=None):

@@ -11,7 +11,10 @@ from fast_prompt.backends import triton as backend
 from fast_prompt.reference import skip_adapter as reference
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
-pytestmark = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable())),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 if backend.unavailable() is None:
     from fast_prompt_kernels import skip_adapter as kernels
 
@@ -29,16 +32,6 @@ NAMES = (
     "gates",
 )
 UNDONE = {"layer_after": ("scale",)}  # a layer norm behind it undoes any scale: its gradient is a rounding error
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty, the kernels' own scratch included, starts as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def make_inputs(samples, length, width, hidden, adapters=1, experts=0, dtype=F32, weight_dtype=None):

@@ -29,36 +29,6 @@ inline void stage_row(Dtype dtype, const void* source, int64_t count, float* tar
 
 constexpr int DOT_ROWS = LANES == 16 ? 6 : 3, DOT_COLUMNS = 4;
 
-typedef float FourFloats __attribute__((vector_size(16)));
-
-// The sums of four registers' lanes: of two at a time, within each quarter of a register; then of the quarters.
-#if defined(__AVX512F__)
-inline FourFloats sums_of_lanes(const Floats* values) {
-  const auto add_pairs = [](Floats a, Floats b) {
-    return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-  };
-  const __m512d ab = add_pairs(values[0], values[1]), cd = add_pairs(values[2], values[3]);
-  const __m512 quarters = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
-  const __m256 halves = _mm512_castps512_ps256(quarters) + _mm512_extractf32x8_ps(quarters, 1);
-  return (FourFloats)(_mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
-}
-#else
-inline FourFloats sum_of_quarters(Floats value) {
-  const float* lanes = (const float*)&value;
-  FourFloats sum = load_as<FourFloats>(lanes);
-  if constexpr (LANES == 8) sum += load_as<FourFloats>(lanes + 4);
-  return sum;
-}
-
-inline FourFloats sums_of_lanes(const Floats* values) {
-  const FourFloats a = sum_of_quarters(values[0]), b = sum_of_quarters(values[1]);
-  const FourFloats c = sum_of_quarters(values[2]), d = sum_of_quarters(values[3]);
-  const FourFloats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const FourFloats cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-#endif
-
 // Asks early for what lies `ahead` bytes behind B's rows: the rows that come next.
 template <class Dot, int M>
 void dot_block(const float* const* a, const float* const* b, int64_t length, int64_t ahead, float* c,

@@ -97,13 +97,11 @@ template <class Dot>
 Span differentiate_norm_after(const Call& call, const Adapter& adapter, const float* weighted, const Span& grad,
                               int64_t count, const Tile& tile, float* weight_sums, float* bias_sums) {
   const int64_t width = call.problem.width;
-  project_up<Dot>(call, adapter, weighted, count, tile, [&](int64_t row, int64_t column, int64_t, Floats v) {
-    store(tile.results + row * tile.wide + column, v);
-  });
+  project_up<Dot>(call, adapter, weighted, count, tile, [&](const UpColumns& v) { keep_results(v, tile); });
   for (int64_t i = 0; i < count; ++i) {
     float* row = tile.results + i * tile.wide;
     norm_backward(row, moments(row, width, false, call.problem.eps), false, adapter.norm_weight,
-                  as_floats(grad.rows.dtype, grad.row(i), width, tile.row[0]), width, weight_sums, bias_sums,
+                  as_floats(grad.rows.dtype, grad.row(i), width, tile.row), width, weight_sums, bias_sums,
                   [row](int64_t c, Floats value) { store(row + c, value); });
   }
   return tile.span(tile.results);
@@ -148,7 +146,7 @@ void differentiate_rows(const Call& call, const Adapter& adapter, const Span& gr
     float* q = tile.gradients + i * tile.tall;
     const float* slope = tile.slopes + i * tile.tall;
     if (scale || up_bias) {
-      const float* dv = as_floats(grad.rows.dtype, grad.row(i), width, tile.row[0]);
+      const float* dv = as_floats(grad.rows.dtype, grad.row(i), width, tile.row);
       if (scale) *scale += scale_gradient(call, adapter, q, tile.hidden + i * tile.tall, dv);
       if (up_bias)
         for_each_vector<Float32>(width, [=](int64_t, auto load_row, auto store_row) {
@@ -196,7 +194,7 @@ void write_gradients(const Call& call, const Adapter& adapter, const float* dh, 
         store(tile.normed_grad + row * tile.wide + column, value);
       });
       for (int64_t i = 0; i < count; ++i) {
-        const float* row = as_floats(x.rows.dtype, x.row(i), width, tile.row[0]);
+        const float* row = as_floats(x.rows.dtype, x.row(i), width, tile.row);
         const Moments of = moments(row, width, call.rms, problem.eps);
         const float* dz = tile.normed_grad + i * tile.wide;
         const auto differentiate = [&](auto action) {

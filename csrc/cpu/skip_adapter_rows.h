@@ -20,6 +20,13 @@ const float* as_floats(Dtype dtype, const void* row, int64_t width, float* copy)
   return copy;
 }
 
+// All bits of the first `count` lanes.
+inline Ints first_lanes(int64_t count) {
+  Ints lanes;
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane < count ? -1 : 0;
+  return lanes;
+}
+
 // The sum over a row of value(c, load): in four chains, so that no addition waits for the one before.
 template <class Value>
 float sum_row(int64_t width, Value value) {
@@ -34,8 +41,7 @@ float sum_row(int64_t width, Value value) {
     for (Floats& sum : sums) add(sum);
   while (c + LANES <= width) add(sums[0]);
   if (const int64_t rest = width - c; rest > 0) {
-    Ints inside;
-    for (int lane = 0; lane < LANES; ++lane) inside[lane] = lane < rest ? -1 : 0;
+    const Ints inside = first_lanes(rest);
     const Floats last = value(c, [c, rest](const float* row) { return load_some<Float32>(row + c, rest); });
     sums[1] += inside ? last : Floats{};
   }
@@ -56,6 +62,30 @@ Moments moments(const float* row, int64_t width, bool rms, float eps) {
     return centred * centred;
   });
   return {mean, 1.0f / sqrtf(square / (float)width + eps)};
+}
+
+constexpr int NORM_ROWS = 4;  // normed together, so that no row waits for the sums of another
+
+// moments() of NORM_ROWS rows, stored as In.
+template <class In>
+void moments_of_rows(const char* const* rows, int64_t width, bool rms, float eps, Moments* of) {
+  const auto sum_rows = [=](const auto& value) __attribute__((always_inline)) {
+    const auto row_at = [=](int i, int64_t c) { return (const typename In::Element*)rows[i] + c; };
+    Floats sums[NORM_ROWS] = {};
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES)
+#pragma GCC unroll 4
+      for (int i = 0; i < NORM_ROWS; ++i) sums[i] += value(i, In::load(row_at(i, c)));
+    if (const int64_t rest = width - c; rest > 0) {
+      const Ints inside = first_lanes(rest);
+      for (int i = 0; i < NORM_ROWS; ++i) sums[i] += inside ? value(i, load_some<In>(row_at(i, c), rest)) : Floats{};
+    }
+    return sums_of_lanes(sums);
+  };
+  FourFloats mean = {};
+  if (!rms) mean = sum_rows([](int, Floats x) { return x; }) / (float)width;
+  const FourFloats square = sum_rows([=](int i, Floats x) { return (x - mean[i]) * (x - mean[i]); });
+  for (int i = 0; i < NORM_ROWS; ++i) of[i] = {mean[i], 1.0f / sqrtf(square[i] / (float)width + eps)};
 }
 
 // The gradient of a norm's input from that of its result, a register at a time to action(column, value); adds the row's

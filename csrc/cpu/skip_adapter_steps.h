@@ -246,7 +246,7 @@ struct Block {
 struct Tile {
   int64_t wide, tall;  // strides of [rows, width] and [rows, adapter_width] buffers
   float *normed, *hidden, *weighted, *results;  // z; h, then t; t as words; v
-  float *between, *kept, *row[2];               // rows between the adapters of a run; dropout's factors; copies of rows
+  float *between, *kept, *row;                   // rows between the adapters of a run; dropout's factors; a row as floats
   float *slopes, *gradients, *gradient_words, *grad, *normed_grad, *passed, *transposed, *panel;  // of a backward
   int64_t floats;
 
@@ -277,8 +277,7 @@ Tile make_tile(const Call& call, int64_t rows, bool backward, float* memory) {
   tile.weighted = take(tall);
   tile.results = take(wide);
   tile.kept = take(tile.tall);
-  tile.row[0] = take(tile.wide);
-  tile.row[1] = take(tile.wide);
+  tile.row = take(tile.wide);
   tile.between = take(problem.adapters > 1 ? (backward ? problem.adapters - 1 : 1) * wide : 0);
   if (backward) {
     tile.slopes = take(tall);
@@ -364,14 +363,25 @@ template <class Dot>
 Operand norm_rows(const Call& call, const Adapter& adapter, const Span& x, int64_t count, const Tile& tile) {
   const int64_t width = call.problem.width;
   if (!call.normed_before) return as_operand<Dot>(x.rows, x.first, count, width, tile.normed, tile.wide);
-  for (int64_t i = 0; i < count; ++i) {
-    const float* row = as_floats(x.rows.dtype, x.row(i), width, tile.row[0]);
-    const Moments of = moments(row, width, call.rms, call.problem.eps);
-    for_each_vector<Float32>(width, [&](int64_t c, auto load_row, auto) __attribute__((always_inline)) {
-      const Floats normed = (load_row(row) - of.mean) * of.factor;
-      Dot::put(tile.normed + i * tile.wide, c, normed * load(adapter.norm_weight + c) + load(adapter.norm_bias + c));
-    });
-  }
+  with_storage(x.rows.dtype, [&](auto storage) {
+    typedef decltype(storage) In;
+    for (int64_t first = 0; first < count; first += NORM_ROWS) {
+      const char* row[NORM_ROWS];
+      float* normed[NORM_ROWS];
+      for (int64_t i = 0; i < NORM_ROWS; ++i) {
+        const int64_t index = smaller(first + i, count - 1);  // the last row stands in for those there are not
+        row[i] = x.row(index), normed[i] = tile.normed + index * tile.wide;
+      }
+      Moments of[NORM_ROWS];
+      moments_of_rows<In>(row, width, call.rms, call.problem.eps, of);
+      for_each_vector<In>(width, [&](int64_t c, auto load_row, auto) __attribute__((always_inline)) {
+        const Floats weight = load(adapter.norm_weight + c), bias = load(adapter.norm_bias + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < NORM_ROWS; ++i)
+          Dot::put(normed[i], c, (load_row(row[i]) - of[i].mean) * of[i].factor * weight + bias);
+      });
+    }
+  });
   return {tile.normed, tile.wide};
 }
 
@@ -398,7 +408,21 @@ void activate_rows(const Call& call, int64_t hidden_row, int64_t count, const Ti
   });
 }
 
-// LANES columns of v = s (W_u t + b_u) at a time to action(row, column, end of the column's group, v).
+// A register's columns of v = s (W_u t + b_u), for some rows.
+struct UpColumns {
+  int64_t row, rows, column, end;  // `end` of the columns' group
+  const float* sums;               // of W_u t, PANEL from row to row
+  Floats bias;
+  float scale;
+  Floats operator[](int64_t i) const { return (load(sums + i * PANEL) + bias) * scale; }
+};
+
+// v in tile.results.
+inline void keep_results(const UpColumns& v, const Tile& tile) {
+  for (int64_t i = 0; i < v.rows; ++i) store(tile.results + (v.row + i) * tile.wide + v.column, v[i]);
+}
+
+// v, a register's columns at a time, to action(columns).
 template <class Dot, class Action>
 void project_up(const Call& call, const Adapter& adapter, const float* weighted, int64_t count, const Tile& tile,
                 const Action& action) {
@@ -409,22 +433,12 @@ void project_up(const Call& call, const Adapter& adapter, const float* weighted,
     const float* up = adapter.up + group * packed_columns(width) * depth;
     const Product product{count, packed_columns(width), depth, t, tile.tall, up, nullptr, 0, false, {}};
     multiply_blocks<Dot>(product, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < columns; c += LANES) {
-          const int64_t place = first + column + c;
-          action(row + i, place, last, (load(sums + i * PANEL + c) + load(adapter.up_bias + place)) * adapter.scale);
-        }
+      for (int64_t c = 0; c < columns; c += LANES) {
+        const int64_t place = first + column + c;
+        action(UpColumns{row, rows, place, last, sums + c, load(adapter.up_bias + place), adapter.scale});
+      }
     });
   }
-}
-
-// What is added to v, for LANES columns of a row.
-template <class Storage, class Dot>
-Floats residual_of(Residual residual, const char* x, const Operand& z, int64_t row, int64_t column, int64_t end) {
-  if (residual == Residual::NONE) return Floats{};
-  const Floats value = get<Storage>(x, column, end);
-  if (residual == Residual::INPUT) return value;
-  return value + Dot::Storage::load((const typename Dot::Storage::Element*)(z.words + row * z.stride) + column);
 }
 
 // Rows of results, each element of which is written once.
@@ -438,6 +452,19 @@ struct Output {
   // LANES columns, or as many as there are before `end`.
   void operator()(int64_t row, int64_t column, int64_t end, Floats value) const {
     put<Storage>(result.row[row], column, value, end, result.stream);
+  }
+  // The same of several rows: value(i) is that of row + i.
+  template <class Value>
+  void operator()(int64_t row, int64_t rows, int64_t column, int64_t end, const Value& value) const {
+    typedef typename Storage::Element Element;
+    char* const* const out = result.row + row;
+    if (end - column < LANES) {
+      for (int64_t i = 0; i < rows; ++i) store_some<Storage>((Element*)out[i] + column, value(i), end - column);
+    } else if (result.stream) {
+      for (int64_t i = 0; i < rows; ++i) stream_as((Element*)out[i] + column, Storage::as_stored(value(i)));
+    } else {
+      for (int64_t i = 0; i < rows; ++i) store_as((Element*)out[i] + column, Storage::as_stored(value(i)));
+    }
   }
 };
 
@@ -453,20 +480,32 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
   with_storage(x.rows.dtype, [&](auto x_storage) {
     with_storage(output.rows.dtype, [&](auto storage) {
       typedef decltype(x_storage) In;
+      typedef typename Dot::Storage::Element Word;
       const Output<decltype(storage)> write(call, output, count);
-      const auto finish = [&](int64_t row, int64_t column, int64_t end, Floats v) __attribute__((always_inline)) {
-        write(row, column, end, v + residual_of<In, Dot>(problem.residual, x_row[row], z, row, column, end));
+      // v(i), and what is added to it, of some rows.
+      const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t end, const auto& v) {
+        const char* const* const in = x_row + row;
+        const float* normed = z.words + row * z.stride;
+        if (problem.residual == Residual::NONE) return write(row, rows, column, end, v);
+        if (problem.residual == Residual::INPUT)
+          return write(row, rows, column, end, [=](int64_t i) { return v(i) + get<In>(in[i], column, end); });
+        write(row, rows, column, end, [=, stride = z.stride](int64_t i) {
+          const Floats added = Dot::Storage::load((const Word*)(normed + i * stride) + column);
+          return v(i) + get<In>(in[i], column, end) + added;
+        });
       };
-      if (problem.norm != Norm::LAYER_AFTER) return project_up<Dot>(call, adapter, weighted, count, tile, finish);
-      project_up<Dot>(call, adapter, weighted, count, tile, [&](int64_t row, int64_t column, int64_t, Floats v) {
-        store(tile.results + row * tile.wide + column, v);
-      });
+      if (problem.norm != Norm::LAYER_AFTER)
+        return project_up<Dot>(call, adapter, weighted, count, tile, [&](const UpColumns& v) {
+          finish(v.row, v.rows, v.column, v.end, [v](int64_t i) { return v[i]; });
+        });
+      project_up<Dot>(call, adapter, weighted, count, tile, [&](const UpColumns& v) { keep_results(v, tile); });
       for (int64_t i = 0; i < count; ++i) {
         const float* row = tile.results + i * tile.wide;
         const Moments of = moments(row, width, false, problem.eps);
         for (int64_t c = 0; c < width; c += LANES)
-          finish(i, c, width,
-                 (load(row + c) - of.mean) * of.factor * load(adapter.norm_weight + c) + load(adapter.norm_bias + c));
+          finish(i, 1, c, width, [&](int64_t) {
+            return (load(row + c) - of.mean) * of.factor * load(adapter.norm_weight + c) + load(adapter.norm_bias + c);
+          });
       }
     });
   });

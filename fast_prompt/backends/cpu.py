@@ -64,6 +64,11 @@ def select_isa(level: str = "") -> None:
     torch.ops.fast_prompt_native.select_cpu_isa(level)
 
 
+def poison_scratch(on: bool) -> None:
+    """Whether the kernels' scratch starts as NaN: a test sees then what is read before it is written."""
+    torch.ops.fast_prompt_native.poison_scratch(on)
+
+
 def prompt_diffusion(
     hidden: Tensor,
     source: Tensor,
@@ -77,7 +82,7 @@ def prompt_diffusion(
 ) -> Tensor:
     """``fast_prompt.reference.prompt_diffusion`` for hidden and source [B, n, d], not empty, log_scale float32."""
     weights = _unit_stride(prompts), _unit_stride(keys)
-    return torch.ops.fast_prompt_native.prompt_diffusion(
+    return torch.ops.fast_prompt_native.prompt_diffusion.default(
         _unit_stride(hidden), _unit_stride(source), *weights, log_scale, seed, activation, row_weight, dropout_p
     )
 
@@ -109,7 +114,7 @@ def prompt_diffusion_backward(
     settings = (activation, row_weight, dropout_p)
     hidden = None if hidden is None else _unit_stride(hidden)
     results = iter(
-        torch.ops.fast_prompt_native.prompt_diffusion_backward(
+        torch.ops.fast_prompt_native.prompt_diffusion_backward.default(
             _unit_stride(grad), hidden, _unit_stride(source), *weights, log_scale, seed, *settings, *needs
         )
     )
@@ -137,7 +142,9 @@ def prompt_compress(
     """
     tensors = _rows(query, visual, key_weight, value_weight, value_bias)
     options = (key_padding_mask, seed, num_heads, dropout_p)
-    results = iter(torch.ops.fast_prompt_native.prompt_compress(*tensors, *options, keep_probabilities, keep_attended))
+    results = iter(
+        torch.ops.fast_prompt_native.prompt_compress.default(*tensors, *options, keep_probabilities, keep_attended)
+    )
     return tuple(next(results) if kept else None for kept in (True, True, keep_probabilities, keep_attended))
 
 
@@ -170,7 +177,7 @@ def prompt_compress_backward(
     tensors = _rows(grad, query, visual, key_weight, value_weight, value_bias)
     options = (key_padding_mask, seed, num_heads, dropout_p)
     kept = (logsumexp, probabilities, attended)
-    results = iter(torch.ops.fast_prompt_native.prompt_compress_backward(*tensors, *options, *kept, *needs))
+    results = iter(torch.ops.fast_prompt_native.prompt_compress_backward.default(*tensors, *options, *kept, *needs))
     return tuple(next(results) if needed else None for needed in needs)
 
 
@@ -206,7 +213,7 @@ def skip_adapter(
     """
     tensors = _rows(x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
     settings = (norm, activation, residual, eps, dropout_p)
-    kept = torch.ops.fast_prompt_native.skip_adapter(
+    kept = torch.ops.fast_prompt_native.skip_adapter.default(
         output, *tensors, *_contiguous(scale, gates), route, seed, *settings, keep_hidden
     )
     return kept[0] if keep_hidden else None
@@ -247,7 +254,7 @@ def skip_adapter_backward(
     tensors = _rows(grad, x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
     settings = (norm, activation, residual, eps, dropout_p)
     results = iter(
-        torch.ops.fast_prompt_native.skip_adapter_backward(
+        torch.ops.fast_prompt_native.skip_adapter_backward.default(
             *tensors, *_contiguous(scale, gates), route, seed, hidden, *settings, list(needs)
         )
     )

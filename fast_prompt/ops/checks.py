@@ -1,11 +1,46 @@
 """Checks that every op's face shares: each error names the argument, what came and what was expected."""
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_KINDS = 4096
+
+
+def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
+    """Makes a check once for all calls alike: on few rows it takes longer than the op.
+
+    The check may read no more of a tensor than its shape, dtype, device and layout. Tensors come as arguments of their
+    own, not in sequences.
+    """
+    passed: set[object] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        kind = tuple(
+            (value.shape, value.dtype, value.device, value.layout)
+            if isinstance(value, Tensor)
+            else (type(value), value)
+            for value in arguments
+        )
+        try:
+            known = kind in passed
+        except TypeError:  # what cannot be hashed, such as a list or a symbolic size
+            return check(*arguments)
+        if not known:
+            check(*arguments)
+            if len(passed) == MOST_KINDS:
+                passed.clear()
+            passed.add(kind)
+        return None
+
+    return checked
 
 
 def check_tensor(name: str, value: object, *, minimum_rank: int = 0) -> None:

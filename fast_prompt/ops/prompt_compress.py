@@ -167,6 +167,7 @@ def _projected(
     return output if key_padding_mask is None else output.masked_fill(empty[:, None, None], 0)
 
 
+@checks.once_a_kind
 def _check(
     query: Tensor,
     visual: Tensor,
@@ -214,6 +215,7 @@ def _check(
         checks.check_device("key_padding_mask", key_padding_mask, query.device, "that of query")
 
 
+@checks.once_a_kind
 def _check_dtypes(query: Tensor, visual: Tensor, key_weight: Tensor, *others: Tensor | None) -> None:
     checks.check_dtype("visual", visual, (query.dtype,), "that of query")
     weight_dtypes = (query.dtype,) if query.dtype == torch.float64 else (query.dtype, torch.float32)

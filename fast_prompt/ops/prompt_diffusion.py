@@ -93,6 +93,7 @@ def call_facts(
     )
 
 
+@checks.once_a_kind
 def _check(
     hidden: Tensor,
     source: Tensor,
@@ -125,6 +126,7 @@ def _check(
     checks.check_probability("dropout_p", dropout_p)
 
 
+@checks.once_a_kind
 def _check_dtypes(hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor) -> None:
     checks.check_dtype("source", source, (hidden.dtype,), "that of hidden")
     weight_dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)

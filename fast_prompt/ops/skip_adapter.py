@@ -83,7 +83,7 @@ def skip_adapter(
     """
     parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
     _check_options(norm, activation, residual, dropout_p, eps)
-    _check(x, parameters, scale, gates, norm, residual)
+    _check(x, scale, gates, norm, *parameters)
     adapters = down_weight.shape[0] if down_weight.dim() == 3 else 1
     chosen = None if route is None else checked_route(x, route, adapters)
     if chosen is not None:
@@ -91,7 +91,7 @@ def skip_adapter(
     elif kept is not None:
         raise ValueError("kept: expected None without a route, got a tensor")
     x, kept = autocast(x), None if kept is None else autocast(kept)
-    _check_dtypes(x, parameters, kept)
+    _check_dtypes(x, kept, *parameters)
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     backend = choose("skip_adapter", call_facts(x, down_weight, gates=gates))
     if backend == "reference" or x.numel() == 0 or 0 in down_weight.shape:
@@ -137,6 +137,7 @@ def call_facts(x: Tensor, down_weight: Tensor, *_: Any, gates: Tensor | None = N
     )
 
 
+@checks.once_a_kind
 def _check_options(norm: str, activation: str, residual: str, dropout_p: float, eps: float) -> None:
     checks.check_choice("norm", norm, NORMS)
     checks.check_choice("activation", activation, ACTIVATIONS)
@@ -148,14 +149,8 @@ def _check_options(norm: str, activation: str, residual: str, dropout_p: float, 
         raise ValueError(f"residual: expected a norm before the adapter for 'normed', got norm={norm!r}")
 
 
-def _check(
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    scale: Tensor | None,
-    gates: Tensor | None,
-    norm: str,
-    residual: str,
-) -> None:
+@checks.once_a_kind
+def _check(x: Tensor, scale: Tensor | None, gates: Tensor | None, norm: str, *parameters: Tensor | None) -> None:
     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias = parameters
     checks.check_tensor("x", x, minimum_rank=1)
     checks.check_tensor("down_weight", down_weight)
@@ -246,7 +241,8 @@ def _check_kept(x: Tensor, route: list[int], gates: Tensor | None, kept: Tensor 
     checks.check_device("kept", kept, x.device, "that of x")
 
 
-def _check_dtypes(x: Tensor, parameters: Sequence[Tensor | None], kept: Tensor | None) -> None:
+@checks.once_a_kind
+def _check_dtypes(x: Tensor, kept: Tensor | None, *parameters: Tensor | None) -> None:
     names = ("down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "norm_bias")
     weight = parameters[0]
     assert weight is not None
