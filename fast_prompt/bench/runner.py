@@ -14,6 +14,7 @@ from fast_prompt.bench import (
     machine,
     prompt_compress,
     prompt_diffusion,
+    route_block,
     skip_adapter,
     skip_adapter_run,
 )
@@ -31,6 +32,7 @@ OPS: dict[str, ModuleType] = {
     "prompt_compress": prompt_compress,
     "skip_adapter": skip_adapter,
     "skip_adapter_run": skip_adapter_run,
+    "route_block": route_block,
     "apt_model": apt_model,
     "das_model": das_model,
 }

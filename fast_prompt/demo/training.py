@@ -80,6 +80,15 @@ def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]
         yield from torch.randperm(count, generator=generator).split(batch_size)
 
 
+def batches_by_length(lengths: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """The same, of examples of these lengths [n], those of a batch alike: a step takes as long as its longest."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(lengths), generator=generator)
+        batches = order[lengths[order].argsort(stable=True)].split(batch_size)
+        yield from (batches[index] for index in torch.randperm(len(batches), generator=generator))
+
+
 @torch.no_grad()
 def logits(model: nn.Module, pixels: Tensor) -> Tensor:
     """The model's logits [n, classes] for pixels [n, 1, 8, 8], without a gradient."""

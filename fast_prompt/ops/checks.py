@@ -11,6 +11,12 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_KINDS = 4096
 
 
+def _kind(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.layout
+    return type(value), value
+
+
 def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
     """Makes a check once for all calls alike: on few rows it takes longer than the op.
 
@@ -23,12 +29,7 @@ def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
     def checked(*arguments: Any) -> None:
         if torch.compiler.is_compiling():
             return check(*arguments)
-        kind = tuple(
-            (value.shape, value.dtype, value.device, value.layout)
-            if isinstance(value, Tensor)
-            else (type(value), value)
-            for value in arguments
-        )
+        kind = tuple([_kind(value) for value in arguments])
         try:
             known = kind in passed
         except TypeError:  # what cannot be hashed, such as a list or a symbolic size

@@ -82,8 +82,7 @@ def skip_adapter(
     arXiv 2309.01479, section 3.3; the mixture is that of LaVIN, arXiv 2305.15023.
     """
     parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
-    _check_options(norm, activation, residual, dropout_p, eps)
-    _check(x, scale, gates, norm, *parameters)
+    _check(x, scale, gates, norm, activation, residual, dropout_p, eps, *parameters)
     adapters = down_weight.shape[0] if down_weight.dim() == 3 else 1
     chosen = None if route is None else checked_route(x, route, adapters)
     if chosen is not None:
@@ -137,7 +136,6 @@ def call_facts(x: Tensor, down_weight: Tensor, *_: Any, gates: Tensor | None = N
     )
 
 
-@checks.once_a_kind
 def _check_options(norm: str, activation: str, residual: str, dropout_p: float, eps: float) -> None:
     checks.check_choice("norm", norm, NORMS)
     checks.check_choice("activation", activation, ACTIVATIONS)
@@ -150,7 +148,18 @@ def _check_options(norm: str, activation: str, residual: str, dropout_p: float, 
 
 
 @checks.once_a_kind
-def _check(x: Tensor, scale: Tensor | None, gates: Tensor | None, norm: str, *parameters: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    scale: Tensor | None,
+    gates: Tensor | None,
+    norm: str,
+    activation: str,
+    residual: str,
+    dropout_p: float,
+    eps: float,
+    *parameters: Tensor | None,
+) -> None:
+    _check_options(norm, activation, residual, dropout_p, eps)
     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias = parameters
     checks.check_tensor("x", x, minimum_rank=1)
     checks.check_tensor("down_weight", down_weight)

@@ -46,9 +46,16 @@ def take(inputs: Inputs, positions: Tensor | slice) -> Inputs:
     return {name: values[positions] for name, values in inputs.items()}
 
 
+def lengths(inputs: Inputs) -> Tensor:
+    """Tokens of each question [n]."""
+    return inputs["attention_mask"].sum(1)
+
+
 def batch_loss(model: nn.Module, inputs: Inputs, positions: Tensor) -> Tensor:
-    """The mean loss of the questions at `positions` [B]."""
-    return model(**take(inputs, positions)).loss
+    """The mean loss of the questions at `positions` [B], less the padding after the longest of them."""
+    batch = take(inputs, positions)
+    longest = int(lengths(batch).max())
+    return model(**batch | {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask")}).loss
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fast_prompt.cost.counting import count_macs
 from fast_prompt.demo.costs import Contender, median_ms
 from fast_prompt.demo.report import Row
-from fast_prompt.demo.training import accuracy, fit, progress, shuffled_batches, train_step, trained_parameters
+from fast_prompt.demo.training import accuracy, batches_by_length, fit, progress, train_step, trained_parameters
 from fast_prompt.demo.vqa import language
 from fast_prompt.demo.vqa.data import Splits, load_splits
-from fast_prompt.demo.vqa.inputs import Encoding, Inputs, batch_loss, scores, take
+from fast_prompt.demo.vqa.inputs import Encoding, Inputs, batch_loss, lengths, scores, take
 from fast_prompt.demo.vqa.methods import Method
 from fast_prompt.demo.vqa.settings import Settings
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
@@ -57,7 +57,7 @@ def train(method: Method, data: Data, settings: Settings, seed: int) -> Trained:
     questions = len(data.splits.train)
     steps = method.epochs(settings) * -(-questions // settings.batch_size)
     with progress(method.name, steps) as bar:
-        batches = shuffled_batches(questions, settings.batch_size, seed)
+        batches = batches_by_length(lengths(data.train), settings.batch_size, seed)
         loss = partial(batch_loss, model, data.train)
         fit(model, method.optimizer(model, settings), loss, steps, batches, bar.update)
         validation = accuracy(scores(model, data.validation), data.validation["labels"])
