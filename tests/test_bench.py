@@ -128,6 +128,14 @@ def test_the_whole_model_contenders_compute_what_they_claim(quick):
         assert {"cpu_unfolded", "cpu_folded"} <= {row.contender for row in rows}
 
 
+def test_a_routed_batch_is_what_the_usual_way_computes(quick):
+    setting = bench.Setting("route_block", {"B": 5, "n": 3, "d": 64, "width": 8}, "fp32", "fwd")
+    rows, _, raised = runner.measure(setting, CPU, rounds=1)
+    assert raised == []
+    assert {row.contender: row.failure for row in rows if row.failure} == {}
+    assert {row.contender for row in rows if row.kind == "baseline"} == {"halves_apart", "both_and_select"}
+
+
 def test_speedup_is_the_best_baseline_over_this_one(quick):
     setting = bench.Setting("prompt_diffusion", SHAPE, "fp32", "fwdbwd")
     rows, best, _ = runner.measure(setting, CPU, rounds=3)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast_prompt
 from fast_prompt import backends, ops, reference
+from fast_prompt.ops import checks
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 
@@ -50,6 +51,32 @@ def compare_with_reference(inputs, **options):
     for tensor, actual, wanted in zip(inputs, actual_grads, expected_grads, strict=True):
         assert actual.dtype == tensor.dtype
         assert relative_error(actual, wanted) < tolerance
+
+
+def test_a_check_is_made_once_for_calls_alike_and_again_for_any_other():
+    made = []
+    check = checks.once_a_kind(lambda *arguments: made.append(arguments))
+    x = torch.zeros(2, 3)
+    for again in (x, torch.ones(2, 3), x.clone()):
+        check(again, "relu", 1)
+    assert len(made) == 1
+    different = [x.double(), x.T, x[:1], x.to("meta"), x.to_sparse(), None, "x"]
+    for value in different:
+        check(value, "relu", 1)
+    check(x, "silu", 1)
+    check(x, "relu", 1.0)
+    check(x, "relu", True)
+    assert len(made) == 1 + len(different) + 3
+    check(x, ["no", "hash"], 1)
+    check(x, ["no", "hash"], 1)
+    assert len(made) == 1 + len(different) + 3 + 2
+
+
+def test_a_check_that_fails_fails_every_time():
+    inputs = arguments()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="dropout_p"):
+            ops.prompt_diffusion(*inputs, dropout_p=1.5)
 
 
 @pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 5, 16), (2, 3, 5, 16)])

@@ -13,8 +13,9 @@ from transformers import BertConfig, BertModel
 
 from fast_prompt import cli, demo
 from fast_prompt.demo.report import Results
+from fast_prompt.demo.training import batches_by_length
 from fast_prompt.demo.vqa import data, language, methods, task, vision
-from fast_prompt.demo.vqa.inputs import Encoding
+from fast_prompt.demo.vqa.inputs import Encoding, batch_loss, take
 from fast_prompt.demo.vqa.settings import Settings
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
 
@@ -69,6 +70,33 @@ def small() -> Iterator[None]:
     yield
     patch.undo()
     torch.set_num_threads(threads)
+
+
+def test_batches_by_length_show_every_example_once_and_mix_few_lengths() -> None:
+    lengths = torch.tensor([8, 10, 8, 9, 8, 10, 8, 9, 8, 8, 8])
+    batches = batches_by_length(lengths, 4, seed=0)
+    orders = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
+    assert all(sorted(order.tolist()) == list(range(11)) for order in orders)
+    assert orders[0].tolist() != orders[1].tolist()
+    again = batches_by_length(lengths, 4, seed=0)
+    found = [next(again) for _ in range(3)]
+    assert torch.cat(found).tolist() == orders[0].tolist()
+    assert sorted(len(set(lengths[batch].tolist())) for batch in found) == [1, 2, 2]
+
+
+def test_a_batch_is_shorn_of_the_padding_that_no_question_needs() -> None:
+    torch.manual_seed(0)
+    model = methods.Reader(small_bert(), 5).eval()
+    ids = torch.tensor([[101, 2054, 102, 0, 0], [101, 2003, 2054, 102, 0], [101, 2054, 2003, 2054, 102]])
+    asked = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.tensor([0, 1, 2])}
+    asked["visual_embeds"] = torch.zeros(3, 1, 4)
+    seen = []
+    model.model.embeddings.register_forward_pre_hook(
+        lambda _, given, options: seen.append(options["input_ids"].shape), with_kwargs=True
+    )
+    shorn = batch_loss(model, asked, torch.tensor([0, 1]))
+    assert seen == [(2, 4)]
+    assert torch.allclose(shorn, model(**take(asked, slice(2))).loss, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

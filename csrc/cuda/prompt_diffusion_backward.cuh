@@ -192,17 +192,6 @@ struct RowDerivative {
   }
 };
 
-template <class T>
-__device__ inline void store_pair(T* target, float first, float second, int count) {
-  Pair<T> pair;
-  assign(pair.first, first);
-  assign(pair.second, second);
-  if (count > 1)
-    *reinterpret_cast<Pair<T>*>(target) = pair;
-  else if (count > 0)
-    *target = pair.first;
-}
-
 // Turns signed activations and D into the coefficients of dP, dK and dX; the last ones end in `tile` as well.
 template <class T, class L>
 __device__ inline void write_coefficients(const Problem<T>& problem, const RowGradients<T>& gradients,

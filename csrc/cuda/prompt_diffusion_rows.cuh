@@ -57,17 +57,6 @@ struct Layout {
   }
 };
 
-// Where a thread's fragments lie in the tile of scores; see ptx.cuh.
-template <class L>
-struct Place {
-  int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-  int column_warp = threadIdx.x / 32 % L::COLUMN_WARPS;
-  int first_row = threadIdx.x / 32 / L::COLUMN_WARPS * L::M * 16;  // of the warp
-  int first_column = column_warp * L::N * 8;
-
-  __device__ int row(int slot) const { return first_row + slot / 2 * 16 + slot % 2 * 8 + group; }
-};
-
 template <class L, class Body>
 __device__ inline void for_each_score(Sums<L::M, L::N>& scores, const Place<L>& place, Body body) {
   for_each_pair(scores, place.pair, [&](float& first, float& second, int slot, int column) {
@@ -213,16 +202,6 @@ __device__ inline float normalizer(const Problem<T>& problem, const RowState<L>&
 template <class L, class T>
 __device__ inline float row_factor(const Problem<T>& problem, const RowState<L>& state, int slot, float scale) {
   return problem.max_weight ? scale * state.largest[slot] * normalizer<L>(problem, state, slot) : scale;
-}
-
-// Writes sums into a tile, rounded; the warp's part of it begins at `tile`.
-template <class T, int M, int N>
-__device__ inline void write_sums(Sums<M, N>& sums, int pair, int group, T* tile, int pitch) {
-  for_each_pair(sums, pair, [&](float first, float second, int slot, int column) {
-    auto& target = *reinterpret_cast<Pair<T>*>(tile + (slot / 2 * 16 + slot % 2 * 8 + group) * pitch + column);
-    assign(target.first, first);
-    assign(target.second, second);
-  });
 }
 
 }  // namespace

@@ -83,17 +83,6 @@ struct Layout {
   __host__ __device__ static constexpr int blocks(int columns) { return static_cast<int>(ceil_div(columns, COLUMNS)); }
 };
 
-// Where a thread's fragments lie in the tile; see ptx.cuh.
-template <class L>
-struct Place {
-  int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-  int column_warp = threadIdx.x / 32 % L::COLUMN_WARPS;
-  int first_row = threadIdx.x / 32 / L::COLUMN_WARPS * L::M * 16;  // of the warp
-  int first_column = column_warp * L::N * 8;
-
-  __device__ int row(int slot) const { return first_row + slot / 2 * 16 + slot % 2 * 8 + group; }
-};
-
 // The operand of the up projection in shared memory: for each group its hidden columns expert after expert, each
 // expert's times its gate, padded with zeros to whole steps of the product.
 __host__ __device__ constexpr int group_pitch(int up_depth) { return (up_depth + 15) / 16 * 16; }
@@ -354,19 +343,6 @@ __device__ inline void dropout_factors(const Problem<T>& problem, int64_t first,
 
 __device__ inline float dropped(float element, float factor) { return factor == 0 ? 0 : factor * element; }
 
-template <class T>
-__device__ inline void store_pair(T* target, float first, float second, int count, bool aligned) {
-  Pair<T> pair;
-  assign(pair.first, first);
-  assign(pair.second, second);
-  if (count > 1 && aligned) {
-    *reinterpret_cast<Pair<T>*>(target) = pair;
-  } else {
-    if (count > 0) target[0] = pair.first;
-    if (count > 1) target[1] = pair.second;
-  }
-}
-
 // Where a hidden column is in a row of the up projection's operand; with gates, where the first expert's is.
 template <class T>
 __device__ inline int operand_column(const Problem<T>& problem, int column) {
@@ -390,16 +366,6 @@ __device__ inline void for_each_hidden(const Place<L>& place, Body body) {
 #pragma unroll 1
   for (int i = place.lane; i < L::M * 16 * L::N * 2; i += 32)
     body(place.first_row + i / (L::N * 2), place.first_column + i % (L::N * 2) * 4);
-}
-
-// Writes sums into a tile, rounded; the warp's part of it begins at `tile`.
-template <class T, int M, int N>
-__device__ inline void write_sums(Sums<M, N>& sums, int pair, int group, T* tile, int pitch) {
-  for_each_pair(sums, pair, [&](float first, float second, int slot, int column) {
-    auto& target = *reinterpret_cast<Pair<T>*>(tile + (slot / 2 * 16 + slot % 2 * 8 + group) * pitch + column);
-    assign(target.first, first);
-    assign(target.second, second);
-  });
 }
 
 }  // namespace

@@ -272,6 +272,17 @@ __device__ inline void multiply(float (&d)[4], const Left<float>& a, const Right
   for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
+// Where a thread's fragments lie in the tile; see ptx.cuh.
+template <class L>
+struct Place {
+  int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+  int column_warp = threadIdx.x / 32 % L::COLUMN_WARPS;
+  int first_row = threadIdx.x / 32 / L::COLUMN_WARPS * L::M * 16;  // of the warp
+  int first_column = column_warp * L::N * 8;
+
+  __device__ int row(int slot) const { return first_row + slot / 2 * 16 + slot % 2 * 8 + group; }
+};
+
 // Calls body(first, second, slot, column) for each two neighbouring elements of a thread's sums; the column counts from
 // the warp's first.
 template <int M, int N, class Body>
@@ -283,6 +294,30 @@ __device__ inline void for_each_pair(Sums<M, N>& sums, int pair, Body body) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         body(sums.at[m][n][2 * half], sums.at[m][n][2 * half + 1], 2 * m + half, n * 8 + pair * 2);
+}
+
+// Writes sums into a tile, rounded; the warp's part of it begins at `tile`.
+template <class T, int M, int N>
+__device__ inline void write_sums(Sums<M, N>& sums, int pair, int group, T* tile, int pitch) {
+  for_each_pair(sums, pair, [&](float first, float second, int slot, int column) {
+    auto& target = *reinterpret_cast<Pair<T>*>(tile + (slot / 2 * 16 + slot % 2 * 8 + group) * pitch + column);
+    assign(target.first, first);
+    assign(target.second, second);
+  });
+}
+
+// The first `count` of two neighbours; `aligned` says whether a pair can be stored at once.
+template <class T>
+__device__ inline void store_pair(T* target, float first, float second, int count, bool aligned = true) {
+  Pair<T> pair;
+  assign(pair.first, first);
+  assign(pair.second, second);
+  if (count > 1 && aligned) {
+    *reinterpret_cast<Pair<T>*>(target) = pair;
+  } else {
+    if (count > 0) target[0] = pair.first;
+    if (count > 1) target[1] = pair.second;
+  }
 }
 
 // Operands a step of 16 deep: which way a tile lies is in the loader that is passed. The right operands are taken two

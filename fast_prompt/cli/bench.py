@@ -19,6 +19,7 @@ examples:
   fast-prompt bench --op prompt_diffusion --shape B=8,n=237,d=768,p=200 --dtype bf16 --pass fwd
   fast-prompt bench --op prompt_diffusion --shape B=1,n=50,d=512,p=16 --shape B=1,n=50,d=512,p=64 --json
   fast-prompt bench --op apt_model --shape B=8,n=185,p=200,layers=4 --rounds 10
+  fast-prompt bench --op route_block
 
 All contenders run in turn, round by round. speedup is the best baseline's median over this one's; no speed-up is
 given, and the exit code is 1, where a backend's results are not within the tolerance at that very shape. floor is

@@ -136,7 +136,7 @@ class Method:
     build: Callable[[Settings, int, int], nn.Module]
     trains_in_full: bool = False
 
-    def epochs(self, settings: Settings) -> int:
+    def epochs(self, settings: Settings) -> float:
         """How often it sees the training questions."""
         return settings.full_epochs if self.trains_in_full else settings.epochs
 

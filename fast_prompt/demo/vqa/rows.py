@@ -1,24 +1,29 @@
 """What the runs on digits-VQA share: the questions, methods trained on them, and a row of figures for each."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast_prompt import __version__
 from fast_prompt.cost.counting import count_macs
 from fast_prompt.demo.costs import Contender, median_ms
-from fast_prompt.demo.report import Row
+from fast_prompt.demo.report import Reload, Row
 from fast_prompt.demo.training import accuracy, batches_by_length, fit, progress, train_step, trained_parameters
-from fast_prompt.demo.vqa import language
+from fast_prompt.demo.vqa import language, vision
+from fast_prompt.demo.vqa.answering import frozen
 from fast_prompt.demo.vqa.data import Splits, load_splits
 from fast_prompt.demo.vqa.inputs import Encoding, Inputs, batch_loss, lengths, scores, take
 from fast_prompt.demo.vqa.methods import Method
 from fast_prompt.demo.vqa.settings import Settings
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
+from fast_prompt.models.visual import VisualEncoder
 
 STANDSTILL = 0.0  # a learning rate at which a step does its work and the weights stay
 
@@ -43,6 +48,19 @@ class Data:
     test: Inputs
 
 
+def prepare(output: Path, settings: Settings, seed: int) -> tuple[VisualEncoder, Data]:
+    """The frozen encoder, pretrained or the last run's, and the questions.
+
+    Raises:
+        ModuleNotFoundError: the language model is not installed; nothing has been done then.
+    """
+    language.directory()
+    output.mkdir(parents=True, exist_ok=True)
+    with progress("pretraining the ViT", settings.vision_steps) as bar:
+        encoder = frozen(vision.pretrained(output, settings, seed, bar.update))
+    return encoder, load(encoder, settings, seed)
+
+
 def load(encoder: nn.Module, settings: Settings, seed: int) -> Data:
     """The questions of a seed, their images encoded."""
     splits = load_splits(settings, seed)
@@ -55,7 +73,7 @@ def train(method: Method, data: Data, settings: Settings, seed: int) -> Trained:
     torch.manual_seed(seed)
     model = method.build(settings, len(data.encoding.vocabulary), seed)
     questions = len(data.splits.train)
-    steps = method.epochs(settings) * -(-questions // settings.batch_size)
+    steps = math.ceil(method.epochs(settings) * questions / settings.batch_size)
     with progress(method.name, steps) as bar:
         batches = batches_by_length(lengths(data.train), settings.batch_size, seed)
         loss = partial(batch_loss, model, data.train)
@@ -96,6 +114,26 @@ def rows(trained: list[Trained], tested: dict[str, Tensor], data: Data, settings
         for each in trained
         for name in [each.method.name]
     ]
+
+
+def reloaded(name: str, before: Tensor, after: Tensor) -> Reload:
+    """How the predictions [n, answers] of a method compare with those of its saved and loaded adapter."""
+    equal = int((before.argmax(-1) == after.argmax(-1)).sum())
+    return Reload(name, len(before), equal, (before - after).abs().max().item())
+
+
+def facts(trained: list[Trained], settings: Settings, seed: int, **others: object) -> dict[str, object]:
+    """Under which conditions the rows came about."""
+    return {
+        "seed": seed,
+        "settings": asdict(settings),
+        **others,
+        "validation": {each.method.name: each.validation_accuracy for each in trained},
+        "language_model": language.DISTRIBUTION,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fast_prompt": __version__,
+    }
 
 
 def _timings(trained: list[Trained], data: Data, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:

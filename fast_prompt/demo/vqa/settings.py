@@ -18,7 +18,7 @@ class Settings:
         num_prompts: p, APT's prompts in every attention.
         adapter_width: of the bottleneck adapters.
         epochs, full_epochs: of methods that leave the language model frozen, and of those that train it in full, whose
-            steps take longer.
+            steps take up to three times as long.
         batch_size: questions in one step.
         rate, full_rate, head_rate: peak learning rates: of what a method adds, of a language model that trains in full,
             and of the new head.
@@ -46,11 +46,11 @@ class Settings:
     layer: int = 5
     num_prompts: int = 16
     adapter_width: int = 48
-    epochs: int = 2
-    full_epochs: int = 1
+    epochs: float = 2
+    full_epochs: float = 0.6
     batch_size: int = 32
     rate: float = 1e-3
-    full_rate: float = 1e-4
+    full_rate: float = 3e-4
     head_rate: float = 1e-3
     search_steps: int = 1500
     preference_rate: float = 0.02
@@ -58,5 +58,5 @@ class Settings:
     reward_every: int = 4
     reward_share: float = 0.1
     reward_batch: int = 128
-    timing_rounds: int = 5
+    timing_rounds: int = 3
     shown: int = 8

@@ -2,22 +2,18 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fast_prompt import __version__
 from fast_prompt.demo.report import Reload, Results
-from fast_prompt.demo.training import progress
-from fast_prompt.demo.vqa import language, pictures, vision
-from fast_prompt.demo.vqa.answering import frozen
+from fast_prompt.demo.vqa import language, pictures
 from fast_prompt.demo.vqa.inputs import scores
 from fast_prompt.demo.vqa.methods import Method, visual_config
-from fast_prompt.demo.vqa.rows import Data, Examples, Trained, load, rows, train
+from fast_prompt.demo.vqa.rows import Data, Examples, Trained, facts, prepare, reloaded, rows, train
 from fast_prompt.demo.vqa.settings import Settings
 from fast_prompt.methods import APTConfig, DASConfig
 from fast_prompt.search import DASSearch, DASSettings
@@ -39,6 +35,7 @@ class SkipSettings(Settings):
         (The others are those of `digits-vqa`; a run of its own trains four rows.)
     """
 
+    train_questions: int = 5600
     layer: int = 3
     search_steps: int = 400
     reward_from: float = 1 / 3
@@ -63,11 +60,7 @@ def run(output: Path, seed: int = 0, settings: SkipSettings | None = None) -> Re
         ModuleNotFoundError: the language model is not installed; nothing has been done then.
     """
     settings = settings or SkipSettings()
-    language.directory()
-    output.mkdir(parents=True, exist_ok=True)
-    with progress("pretraining the ViT", settings.vision_steps) as bar:
-        encoder = frozen(vision.pretrained(output, settings, seed, bar.update))
-    data = load(encoder, settings, seed)
+    _, data = prepare(output, settings, seed)
     search = _search(data, settings, seed)
     search.run()
     search.plot(output / "search.png")
@@ -78,23 +71,19 @@ def run(output: Path, seed: int = 0, settings: SkipSettings | None = None) -> Re
     found = trained[1]
     reload = _save_and_reload(found, output / "adapter", data, tested[found.method.name])
     before, after = _compact(found.model)
-    facts = {
-        "seed": seed,
-        "settings": asdict(settings),
-        "skipped": {name: [_number(path) for path in skipped] for name, skipped in sets.items()},
-        "gates": [round(value, 4) for value in search.bandit.preferences.tolist()],
-        "validation": {each.method.name: each.validation_accuracy for each in trained},
-        "parameters": {"whole": before, "compact": after},
-        "language_model": language.DISTRIBUTION,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fast_prompt": __version__,
-    }
+    conditions = facts(
+        trained,
+        settings,
+        seed,
+        skipped={name: [_number(path) for path in skipped] for name, skipped in sets.items()},
+        gates=[round(value, 4) for value in search.bandit.preferences.tolist()],
+        parameters={"whole": before, "compact": after},
+    )
     notes = (
         "Every row has visual prompts, APT and adapters in one; added MACs are against the first.",
         f"Compacted, the model of {found.method.name} holds {after:,} parameters in place of {before:,}.",
     )
-    results = Results(NAME, table, reload, ("question", "question"), facts, notes, ("chart.png", "search.png"))
+    results = Results(NAME, table, reload, ("question", "question"), conditions, notes, ("chart.png", "search.png"))
     results.write(output / "results.json")
     pictures.draw_skips(results, sets, search.candidates, settings, output / "chart.png")
     return results
@@ -164,8 +153,7 @@ def _save_and_reload(trained: Trained, directory: Path, data: Data, before: Tens
     """Saves the adapter, loads it into a fresh base, and compares all predictions."""
     trained.model.save_pretrained(directory)
     after = scores(FastPromptModel.from_pretrained(language.pretrained(), directory).eval(), data.test)
-    equal = int((before.argmax(-1) == after.argmax(-1)).sum())
-    return Reload(trained.method.name, len(before), equal, (before - after).abs().max().item())
+    return reloaded(trained.method.name, before, after)
 
 
 def _compact(model: Any) -> tuple[int, int]:

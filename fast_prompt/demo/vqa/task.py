@@ -1,19 +1,16 @@
 """The run of `digits-vqa`: encoder, methods, table, adapter saved and loaded, and the search for the layer."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fast_prompt import __version__
 from fast_prompt.demo.report import Reload, Results
-from fast_prompt.demo.training import progress
-from fast_prompt.demo.vqa import language, pictures, vision
-from fast_prompt.demo.vqa.answering import Answerer, frozen, write_image
+from fast_prompt.demo.vqa import language, pictures
+from fast_prompt.demo.vqa.answering import Answerer, write_image
 from fast_prompt.demo.vqa.inputs import scores
 from fast_prompt.demo.vqa.methods import ADAPTERS, METHODS, adapters
-from fast_prompt.demo.vqa.rows import Data, Examples, Trained, load, rows, train
+from fast_prompt.demo.vqa.rows import Data, Examples, facts, prepare, reloaded, rows, train
 from fast_prompt.demo.vqa.settings import Settings
 from fast_prompt.search import DVPSearch, SearchSettings
 
@@ -37,11 +34,7 @@ def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | 
         ModuleNotFoundError: the language model is not installed; nothing has been done then.
     """
     settings = settings or Settings()
-    language.directory()
-    output.mkdir(parents=True, exist_ok=True)
-    with progress("pretraining the ViT", settings.vision_steps) as bar:
-        encoder = frozen(vision.pretrained(output, settings, seed, bar.update))
-    data = load(encoder, settings, seed)
+    encoder, data = prepare(output, settings, seed)
     trained = [train(method, data, settings, seed) for method in METHODS]
     tested = {each.method.name: scores(each.model, data.test) for each in trained}
     table = rows(trained, tested, data, settings)
@@ -49,12 +42,13 @@ def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | 
     chosen = next(each for each in trained if each.method is ADAPTERS)
     answerer = Answerer(chosen.model, encoder, data.encoding.reader, data.encoding.vocabulary)
     reload = _save_and_reload(answerer, output, data, tested[ADAPTERS.name], settings)
-    facts = _facts(trained, data, settings, seed)
+    questions = {name: len(asked) for name, asked in data.splits._asdict().items()}
     note = (
         f"Rows that train the language model in full saw the questions {settings.full_epochs}x, the others "
         f"{settings.epochs}x; the first two leave its word embeddings as they are."
     )
-    results = Results(NAME, table, reload, ("question", "question"), facts, (note,), ("chart.png", "answers.png"))
+    conditions = facts(trained, settings, seed, questions=questions)
+    results = Results(NAME, table, reload, ("question", "question"), conditions, (note,), ("chart.png", "answers.png"))
     if search:
         results = _search(results, data, settings, seed, output)
     results.write(output / "results.json")
@@ -75,8 +69,7 @@ def _save_and_reload(answerer: Answerer, output: Path, data: Data, before: Tenso
     (output / "images").mkdir(exist_ok=True)
     for number, pixels in enumerate(shown.pixels):
         write_image(pixels, output / "images" / f"{number}.png")
-    equal = int((before.argmax(-1) == after.argmax(-1)).sum())
-    return Reload(ADAPTERS.name, len(before), equal, (before - after).abs().max().item())
+    return reloaded(ADAPTERS.name, before, after)
 
 
 def _search(results: Results, data: Data, settings: Settings, seed: int, output: Path) -> Results:
@@ -108,17 +101,3 @@ def _search(results: Results, data: Data, settings: Settings, seed: int, output:
         notes=(*results.notes, note),
         pictures=(*results.pictures, "search.png"),
     )
-
-
-def _facts(trained: list[Trained], data: Data, settings: Settings, seed: int) -> dict[str, object]:
-    """Under which conditions the rows came about."""
-    return {
-        "seed": seed,
-        "settings": asdict(settings),
-        "questions": {name: len(asked) for name, asked in data.splits._asdict().items()},
-        "validation": {each.method.name: each.validation_accuracy for each in trained},
-        "language_model": language.DISTRIBUTION,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fast_prompt": __version__,
-    }
