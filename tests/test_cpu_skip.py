@@ -121,6 +121,31 @@ def test_any_number_of_rows(count, dtype):
 GROUPS = [(1, 1), (2, 1), (2, 2), (3, 3), (2, 6), (4, 2)]  # experts, groups
 
 
+FEW_ROWS_FORMS = {
+    "plain": {"norm": "layer"},
+    "run": {"adapters": 3, "norm": "rms", "residual": "normed", "activation": "silu", "dropout_p": 0.25},
+    "nothing added": {"norm": "none", "residual": "none", "without": ("down_bias", "up_bias")},
+}
+
+
+@pytest.mark.parametrize("form", FEW_ROWS_FORMS)
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 12, 13])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_few_rows_of_whole_words(level, dtype, count, form):
+    """Widths in whole panels: the weights are read where they lie, up to 12 rows (AVX-512) or 6."""
+    assert_matches(make(Case("", (1, count), 96, 64, **FEW_ROWS_FORMS[form]), dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_few_rows_of_weights_within_larger_ones(level, dtype):
+    problem = make(Case("", (2, 3), 64, 32, 2), dtype)
+    for name in ("x", "down_weight", "up_weight"):
+        whole = torch.full((*problem.tensors[name].shape[:-1], 103), torch.nan, dtype=dtype)
+        whole[..., 3 : 3 + problem.tensors[name].shape[-1]] = problem.tensors[name]
+        problem.tensors[name] = whole[..., 3 : 3 + problem.tensors[name].shape[-1]]
+    assert_matches(problem)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("norm", ["layer", "layer_after"])
 @pytest.mark.parametrize("experts, groups", GROUPS)

@@ -1,11 +1,11 @@
 // skip_adapter on the CPU, forward and backward: see skip_adapter.h for what it computes.
 //
 // Rows are cut into one part per thread, parts into tiles. A tile is carried through every step, and in a run through
-// every adapter, while its rows are in cache: x is read once and y written once. Forward, for each adapter: z as
-// words; h = z W_d^T; t in its place; a register block at a time, y = s (t W_u^T + b_u) + x. Backward:
-// skip_adapter_backward.h. Where samples differ in their weights, by a route or by gates, no tile holds rows of two; a
-// mixture's experts are added up, by the sample's gates, to one up projection. Samples that a route leaves alone are
-// not among the rows.
+// every adapter, while its rows are in cache: x is read once and y written once. Forward, for each adapter: z as words;
+// h = z W_d^T; t in its place; a register block at a time, y = s (t W_u^T + b_u) + x. A few rows take another way:
+// skip_adapter_few_rows.h. Backward: skip_adapter_backward.h. Where samples differ in their weights, by a route or by
+// gates, no tile holds rows of two; a mixture's experts are added up, by the sample's gates, to one up projection.
+// Samples that a route leaves alone are not among the rows.
 //
 // bf16 activations on a machine with bf16 dot products are multiplied as bf16 (z, t and their gradients are rounded to
 // it); everything else is widened to float32. The sums are float32 in both cases.
@@ -13,6 +13,7 @@
 #include "skip_adapter.h"
 
 #include "skip_adapter_backward.h"
+#include "skip_adapter_few_rows.h"
 #include "skip_adapter_steps.h"
 
 namespace fast_prompt::cpu::FAST_PROMPT_ISA {
@@ -25,15 +26,7 @@ void project_down(const Call& call, const Adapter& adapter, const Operand& z, in
   const int64_t width = call.problem.adapter_width;
   multiply_in_slices<Dot>({count, packed_columns(width), words<Dot>(call.problem.width), z.words, z.stride,
                                adapter.down, tile.hidden, tile.tall, false, ahead});
-  for (int64_t i = 0; i < count; ++i) {
-    float* h = tile.hidden + i * tile.tall;
-    for (int64_t c = 0; c < width; c += LANES) store(h + c, load(h + c) + load(adapter.down_bias + c));
-    if (hidden)
-      with_storage(call.problem.x.dtype, [&](auto storage) {
-        typedef decltype(storage) Storage;
-        write_row<Storage>(h, width, hidden + (hidden_row + i) * width * sizeof(typename Storage::Element));
-      });
-  }
+  finish_hidden(call, adapter, hidden_row, count, hidden, tile);
 }
 
 template <class Dot>
@@ -64,6 +57,7 @@ template <class Dot>
 void forward_with(const SkipAdapter& problem, const Rows& output, char* hidden, const Runtime& runtime) {
   const Call call = make_call(problem, runtime);
   if (call.rows() == 0) return;
+  if (has_few_rows<Dot>(call)) return forward_few_rows<Dot>(call, output, hidden);
   const Forms forms{true, true, false, false};
   const Adapter* adapters = prepare_adapters<Dot>(call, forms);
   const Run runs = split_rows(runtime, call.rows(), rows_worth_a_thread(call));

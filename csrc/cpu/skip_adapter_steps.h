@@ -392,6 +392,21 @@ void draw_dropout(const SkipAdapter& problem, int64_t hidden_row, float* kept) {
     dropout_factors(problem.seed, first, problem.dropout_threshold, problem.kept_scale, problem.adapter_width, kept);
 }
 
+// h of the rows of W_d z in tile.hidden, in their place; kept where `hidden` wants them.
+inline void finish_hidden(const Call& call, const Adapter& adapter, int64_t hidden_row, int64_t count, char* hidden,
+                          const Tile& tile) {
+  const int64_t width = call.problem.adapter_width;
+  for (int64_t i = 0; i < count; ++i) {
+    float* h = tile.hidden + i * tile.tall;
+    for (int64_t c = 0; c < width; c += LANES) store(h + c, load(h + c) + load(adapter.down_bias + c));
+    if (hidden)
+      with_storage(call.problem.x.dtype, [&](auto storage) {
+        typedef decltype(storage) Storage;
+        write_row<Storage>(h, width, hidden + (hidden_row + i) * width * sizeof(typename Storage::Element));
+      });
+  }
+}
+
 // t of the rows of h in tile.hidden, in their place; their slopes into `slopes` unless it is null.
 void activate_rows(const Call& call, int64_t hidden_row, int64_t count, const Tile& tile, float* slopes) {
   with_activation(call.problem.activation, [&](auto activation) {
@@ -411,10 +426,11 @@ void activate_rows(const Call& call, int64_t hidden_row, int64_t count, const Ti
 // A register's columns of v = s (W_u t + b_u), for some rows.
 struct UpColumns {
   int64_t row, rows, column, end;  // `end` of the columns' group
-  const float* sums;               // of W_u t, PANEL from row to row
+  const float* sums;               // W_u t
+  int64_t stride;
   Floats bias;
   float scale;
-  Floats operator[](int64_t i) const { return (load(sums + i * PANEL) + bias) * scale; }
+  Floats operator[](int64_t i) const { return (load(sums + i * stride) + bias) * scale; }
 };
 
 // v in tile.results.
@@ -435,7 +451,7 @@ void project_up(const Call& call, const Adapter& adapter, const float* weighted,
     multiply_blocks<Dot>(product, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums) {
       for (int64_t c = 0; c < columns; c += LANES) {
         const int64_t place = first + column + c;
-        action(UpColumns{row, rows, place, last, sums + c, load(adapter.up_bias + place), adapter.scale});
+        action(UpColumns{row, rows, place, last, sums + c, PANEL, load(adapter.up_bias + place), adapter.scale});
       }
     });
   }
@@ -468,13 +484,12 @@ struct Output {
   }
 };
 
-// y of the rows of t in tile.hidden.
-template <class Dot>
+// y, from the v that project(action) hands out.
+template <class Dot, class Project>
 void write_results(const Call& call, const Adapter& adapter, const Span& x, const Operand& z, const Span& output,
-                   int64_t count, const Tile& tile) {
+                   int64_t count, const Tile& tile, const Project& project) {
   const SkipAdapter& problem = call.problem;
   const int64_t width = problem.width;
-  const float* weighted = hidden_as_words<Dot>(call, tile.hidden, count, problem.groups, tile, tile.weighted);
   const char* x_row[MOST_TILE_ROWS];
   for (int64_t i = 0; i < count; ++i) x_row[i] = x.row(i);
   with_storage(x.rows.dtype, [&](auto x_storage) {
@@ -495,10 +510,10 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
         });
       };
       if (problem.norm != Norm::LAYER_AFTER)
-        return project_up<Dot>(call, adapter, weighted, count, tile, [&](const UpColumns& v) {
+        return project([&](const UpColumns& v) {
           finish(v.row, v.rows, v.column, v.end, [v](int64_t i) { return v[i]; });
         });
-      project_up<Dot>(call, adapter, weighted, count, tile, [&](const UpColumns& v) { keep_results(v, tile); });
+      project([&](const UpColumns& v) { keep_results(v, tile); });
       for (int64_t i = 0; i < count; ++i) {
         const float* row = tile.results + i * tile.wide;
         const Moments of = moments(row, width, false, problem.eps);
@@ -508,6 +523,16 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
           });
       }
     });
+  });
+}
+
+// The same, of the rows of t in tile.hidden.
+template <class Dot>
+void write_results(const Call& call, const Adapter& adapter, const Span& x, const Operand& z, const Span& output,
+                   int64_t count, const Tile& tile) {
+  const float* weighted = hidden_as_words<Dot>(call, tile.hidden, count, call.problem.groups, tile, tile.weighted);
+  write_results<Dot>(call, adapter, x, z, output, count, tile, [&](const auto& action) {
+    project_up<Dot>(call, adapter, weighted, count, tile, action);
   });
 }
 

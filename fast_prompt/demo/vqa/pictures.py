@@ -39,7 +39,8 @@ def draw_chart(results: Results, settings: Settings, path: Path) -> None:
         title = "A language model that never saw an image reads handwritten digits"
         figure.text(0.03, 0.94, title, size=17, weight="bold")
         asked = f"{settings.train_questions:,} questions to train on, {settings.test_questions:,} to test"
-        figure.text(0.03, 0.9, f"MiniLM, six blocks; {asked}, about other digits", size=11.5, color=SOFT)
+        seen = f"seen {settings.epochs:g}x, or {settings.full_epochs:g}x where the whole language model trains"
+        figure.text(0.03, 0.9, f"MiniLM, six blocks; {asked}, about other digits; {seen}", size=11.5, color=SOFT)
         grid = figure.add_gridspec(2, 2, left=0.19, right=0.98, top=0.82, bottom=0.05, wspace=0.62, hspace=0.38)
         for index, (title, number, value) in enumerate(panels):
             bars = [Bar(row.method, value(row), COLORS[row.method]) for row in results.rows]

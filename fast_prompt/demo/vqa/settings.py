@@ -58,5 +58,5 @@ class Settings:
     reward_every: int = 4
     reward_share: float = 0.1
     reward_batch: int = 128
-    timing_rounds: int = 3
+    timing_rounds: int = 5
     shown: int = 8

@@ -44,8 +44,8 @@ def run(output: Path, seed: int = 0, search: bool = False, settings: Settings | 
     reload = _save_and_reload(answerer, output, data, tested[ADAPTERS.name], settings)
     questions = {name: len(asked) for name, asked in data.splits._asdict().items()}
     note = (
-        f"Rows that train the language model in full saw the questions {settings.full_epochs}x, the others "
-        f"{settings.epochs}x; the first two leave its word embeddings as they are."
+        f"Rows that train the language model in full saw the questions {settings.full_epochs:g}x, the others "
+        f"{settings.epochs:g}x; the first two leave its word embeddings as they are."
     )
     conditions = facts(trained, settings, seed, questions=questions)
     results = Results(NAME, table, reload, ("question", "question"), conditions, (note,), ("chart.png", "answers.png"))
