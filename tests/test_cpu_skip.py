@@ -129,10 +129,10 @@ FEW_ROWS_FORMS = {
 
 
 @pytest.mark.parametrize("form", FEW_ROWS_FORMS)
-@pytest.mark.parametrize("count", [1, 5, 6, 7, 12, 13])
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 48, 49, 96, 97])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_few_rows_of_whole_words(level, dtype, count, form):
-    """Widths in whole panels: the weights are read where they lie, up to 12 rows (AVX-512) or 6."""
+    """Widths in whole panels: the weights are read where they lie, up to 96 rows (AVX-512) or 48."""
     assert_matches(make(Case("", (1, count), 96, 64, **FEW_ROWS_FORMS[form]), dtype))
 
 

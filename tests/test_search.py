@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from transformers import BertConfig, BertModel
 
 from fast_prompt.methods import DVPConfig
-from fast_prompt.search import DVPSearch, SearchSettings
+from fast_prompt.search import DVPSearch, SearchSettings, plot
 from fast_prompt.search.arms import Arms
 from fast_prompt.search.bandit import TRIES, Bandit
 from fast_prompt.search.search import accuracy
@@ -452,3 +452,17 @@ def test_ranks_search_as_one(tmp_path):
     history = torch.tensor(json.loads(first))
     assert history.shape == (6, 3)
     assert history.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "heights, expected",
+    [
+        ([], []),
+        ([0.0, 5.0], [0.0, 5.0]),
+        ([0.0, 0.0, 0.0], [-1.0, 0.0, 1.0]),
+        ([0.0, 0.5, 9.0], [-0.25, 0.75, 9.0]),
+        ([0.0, 1.2, 1.4], [-0.1 - 1 / 30, 0.9 - 1 / 30, 1.9 - 1 / 30]),
+    ],
+)
+def test_labels_that_would_touch_are_moved_apart_and_no_further_than_needed(heights, expected):
+    assert plot.apart(heights, 1.0) == pytest.approx(expected)

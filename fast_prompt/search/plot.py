@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -32,9 +33,8 @@ def plot_preferences(history: Tensor, path: Path | str, arm: str = "layer") -> N
             color, width = (BEST, 2.4) if index == best else (FAINT, 1.3)
             axes.plot(range(1, len(line) + 1), line, color=color, linewidth=width, zorder=3 if index == best else 2)
         bottom, top = axes.get_ylim()
-        height = -float("inf")
-        for index in last.argsort().tolist():
-            height = max(height + GAP * (top - bottom), last[index].item())
+        order = last.argsort().tolist()
+        for index, height in zip(order, apart(last[order].tolist(), GAP * (top - bottom)), strict=True):
             style = {"color": BEST, "weight": "bold"} if index == best else {"color": INK}
             end = (len(history), height)
             axes.annotate(f"{arm} {index}", end, xytext=(6, 0), textcoords="offset points", va="center", **style)
@@ -44,6 +44,18 @@ def plot_preferences(history: Tensor, path: Path | str, arm: str = "layer") -> N
         axes.grid(axis="y", color="#EBEBEB")
         axes.set_axisbelow(True)
         figure.savefig(path)
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights at least ``gap`` apart, as near to the given ascending ones as that allows."""
+    groups: list[list[float]] = []  # what a height would be without the gaps below it; of those that touch, the mean
+    for rank, height in enumerate(heights):
+        groups.append([height - rank * gap])
+        while len(groups) > 1 and fmean(groups[-2]) >= fmean(groups[-1]):
+            pooled = groups.pop()
+            groups[-1] += pooled
+    means = [fmean(group) for group in groups for _ in group]
+    return [mean + rank * gap for rank, mean in enumerate(means)]
 
 
 def plot_gates(history: Tensor, path: Path | str, blocks: Sequence[str], skipped: Collection[str]) -> None:
