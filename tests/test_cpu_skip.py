@@ -136,6 +136,10 @@ def test_few_rows_of_whole_words(level, dtype, count, form):
     assert_matches(make(Case("", (1, count), 96, 64, **FEW_ROWS_FORMS[form]), dtype))
 
 
+def test_few_rows_whose_results_go_past_the_cache(level):
+    assert_matches(make(Case("", (1, 48), 12288, 32, trained=()), F32))
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_few_rows_of_weights_within_larger_ones(level, dtype):
     problem = make(Case("", (2, 3), 64, 32, 2), dtype)

@@ -70,6 +70,7 @@ void forward_few_rows(const Call& call, const Rows& output, char* hidden) {
     });
     x = y;
   }
+  finish_streams();
 }
 
 }  // namespace
