@@ -51,11 +51,9 @@ class AnswerHead(nn.Module):
 def answer_forward(
     self: Any,
     forward: Callable[..., Any],
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    *args: Any,
+    *,
     labels: Tensor | None = None,
-    **kwargs: Any,
+    **inputs: Any,
 ) -> Any:
     """A backbone's forward that ends in the answer head.
 
@@ -65,14 +63,13 @@ def answer_forward(
     """
     head = getattr(self, HEAD_CHILD).in_use()
     if head is None:
-        return forward(self, input_ids, attention_mask, *args, **kwargs)
+        return forward(self, **inputs, **({} if labels is None else {"labels": labels}))
     family = family_called(head.family)
     if labels is not None:
         check_labels(labels, head.classifier.out_features)
-    return_dict = kwargs.pop("return_dict", None)
-    kwargs = family.answer_inputs(self, input_ids, kwargs)
-    output = forward(self, input_ids, attention_mask, *args, return_dict=True, **kwargs)
-    logits = head(family.read_out(output[0], attention_mask))
+    return_dict = inputs.pop("return_dict", None)
+    output = forward(self, **family.answer_inputs(self, inputs), return_dict=True)
+    logits = head(family.read_out(output[0], inputs.get("attention_mask")))
     loss = None if labels is None else answer_loss(logits, labels)
     answer = head.output_class(
         loss=loss,
