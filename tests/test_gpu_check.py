@@ -126,13 +126,6 @@ def test_the_shapes_of_the_aims_are_timed():
     assert {shape["n"] for shape in shapes} == {577} and {shape["B"] for shape in shapes} == {64, 1}
 
 
-def test_the_library_is_built_for_the_chip_that_is_there():
-    chips = ("80", "90", "100")
-    assert [proof.newest_for(chips, chip) for chip in (80, 86, 90, 100, 120)] == ["80", "80", "90", "100", "100"]
-    with pytest.raises(StepError, match="not for this chip, sm_75"):
-        proof.newest_for(chips, 75)
-
-
 # ---- Steps that do not end well ----
 
 SCRIPTS = {
