@@ -63,7 +63,7 @@ bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
 wheel: $(TOOLS)
-	$(BIN)/python tools/wheel.py
+	$(BIN)/python tools/prove_wheel.py
 
 constraints:
 	PYTHON=$(PYTHON) tools/constraints.sh
