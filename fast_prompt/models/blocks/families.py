@@ -8,7 +8,8 @@ from torch import nn
 from fast_prompt.models.attention import RESIDUAL_CHILD, normed_output_forward
 from fast_prompt.models.blocks import forwards
 from fast_prompt.models.blocks.skip import SKIP_CHILD
-from fast_prompt.tuning.classes import Replacement, is_replaceable
+from fast_prompt.models.contract import check_forwards
+from fast_prompt.tuning.classes import Replacement
 from fast_prompt.tuning.site import Site
 
 
@@ -133,8 +134,8 @@ class Block:
 
     def _site(self, model: nn.Module, place: Place) -> BlockSite:
         host = f"{self.path}.{place.path}" if place.path else self.path
-        if not is_replaceable(model.get_submodule(host)):
-            raise ValueError(f"{host}: its forward was already replaced by something else; undo that first")
+        check_forwards(model, [self.path], replaced=False)
+        check_forwards(model, [host])
         return BlockSite(
             name=host,
             host=host,

@@ -25,8 +25,8 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         inputs: the forward's arguments by name.
 
     Raises:
-        ValueError: no text came; text and prompts together are longer than the model's limit; the cache was filled without prompts;
-            or the labels lie in the text that the query is pooled from.
+        ValueError: no text came; text and prompts together are longer than the model's limit; the cache was filled
+            without prompts; or the labels lie in the text that the query is pooled from.
     """
     prompter, stack = prompts.prompter, model.get_submodule(prompts.prompter.stack)
     text = text_in(inputs)

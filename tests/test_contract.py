@@ -1,0 +1,202 @@
+"""What the replaced forwards were written for is checked before a model is changed; arguments arrive by name."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_models import build, build_language_model
+from torch import nn
+
+from fast_prompt import APTConfig, DASConfig, DVPConfig, get_fast_prompt_model
+from fast_prompt.models import contract
+from fast_prompt.models.cache import CACHE_NAMES, cache_in
+from fast_prompt.models.contract import FORWARDS, NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+from fast_prompt.tuning.classes import replace_forward
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[type], list[bool]]:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return state, [type(module) for module in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+def assert_unchanged(model: nn.Module, before: tuple) -> None:
+    state, classes, flags = state_of(model)
+    assert state.keys() == before[0].keys() and all(torch.equal(state[name], before[0][name]) for name in state)
+    assert (classes, flags) == before[1:]
+
+
+DVP = DVPConfig(layer=1, visual_width=16)
+
+# By class: a model that holds it, and a method that replaces or trusts its forward.
+TRUSTED = {
+    "BertAttention": ("bert", APTConfig(num_prompts=2)),
+    "BertSelfOutput": ("bert", APTConfig(num_prompts=2)),
+    "RobertaAttention": ("roberta", APTConfig(num_prompts=2)),
+    "CLIPAttention": ("clip", APTConfig(num_prompts=2)),
+    "ViTAttention": ("vit", APTConfig(num_prompts=2)),
+    "ViltAttention": ("vilt", APTConfig(num_prompts=2)),
+    "ViltSelfOutput": ("vilt", APTConfig(num_prompts=2)),
+    "BertLayer": ("bert", DASConfig(skipped=[0])),
+    "BertOutput": ("bert", DASConfig(skipped=[0])),
+    "CLIPEncoderLayer": ("clip", DASConfig(skipped=[0])),
+    "ViTLayer": ("vit", DASConfig(skipped=[0])),
+    "ViltLayer": ("vilt", DASConfig(skipped=[0])),
+    "LlamaDecoderLayer": ("llama", DASConfig(skipped=[0])),
+    "LlamaRMSNorm": ("llama", DASConfig(skipped=[0])),
+    "BertEncoder": ("bert_text", DVP),
+    "RobertaLayer": ("roberta_text", DVP),
+    "LlamaModel": ("llama", DVP),
+    "T5Stack": ("t5", DVP),
+    "T5Block": ("t5", DVP),
+}
+
+
+def make(name: str) -> nn.Module:
+    if name in ("llama", "t5", "bert_text", "roberta_text"):
+        return build_language_model(name.removesuffix("_text"))[0]
+    return build(name)[0]
+
+
+def rename(monkeypatch: pytest.MonkeyPatch, model: nn.Module, kind: str) -> None:
+    """Give the class of that name a forward whose first argument is called otherwise."""
+    cls = next(type(module) for module in model.modules() if type(module).__name__ == kind)
+    old = inspect.signature(cls.forward)
+    itself, first, *others = old.parameters.values()
+    forward = cls.forward
+
+    def renamed(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    renamed.__signature__ = old.replace(parameters=[itself, first.replace(name="renamed"), *others])
+    monkeypatch.setattr(cls, "forward", renamed)
+
+
+@pytest.mark.parametrize("kind", TRUSTED)
+def test_a_changed_signature_is_refused_before_anything_has_changed(monkeypatch, kind):
+    name, config = TRUSTED[kind]
+    model = make(name)
+    rename(monkeypatch, model, kind)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=rf"{kind}.forward takes \(renamed.*missing: .*; new: renamed") as raised:
+        get_fast_prompt_model(model, config)
+    message = str(raised.value)
+    assert f"transformers {contract.installed_transformers()}" in message
+    assert f"known: {OLDEST_TRANSFORMERS} to {NEWEST_TRANSFORMERS}" in message
+    assert "FAST_PROMPT_UNKNOWN_FORWARDS=warn" in message
+    assert_unchanged(model, before)
+
+
+def test_a_user_may_go_on_with_a_warning(monkeypatch):
+    model = make("vit")
+    rename(monkeypatch, model, "ViTAttention")
+    monkeypatch.setenv("FAST_PROMPT_UNKNOWN_FORWARDS", "warn")
+    with pytest.warns(UserWarning, match=r"ViTAttention.forward takes \(renamed"):
+        get_fast_prompt_model(model, APTConfig(num_prompts=2))
+    assert len(model.targeted_module_names) == 2
+
+
+def test_an_unknown_setting_is_refused(monkeypatch):
+    model = make("vit")
+    rename(monkeypatch, model, "ViTAttention")
+    monkeypatch.setenv("FAST_PROMPT_UNKNOWN_FORWARDS", "yes")
+    with pytest.raises(ValueError, match="FAST_PROMPT_UNKNOWN_FORWARDS: expected refuse or warn, got 'yes'"):
+        get_fast_prompt_model(model, APTConfig(num_prompts=2))
+
+
+def test_a_known_attention_that_computes_something_else_is_refused(monkeypatch):
+    """The signature is what it was, but the queries are projected from something else than the input."""
+    model = make("vit")
+    cls = type(model.vit.layers[0].attention)
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, hidden_states, *a, **k: forward(self, 2 * hidden_states, *a, **k))
+    cls.forward.__signature__ = inspect.signature(forward)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="ViTAttention is not what it was: its projections do not read its input"):
+        get_fast_prompt_model(model, APTConfig(num_prompts=2))
+    assert_unchanged(model, before)
+
+
+def test_every_known_class_is_as_the_installed_transformers_has_it():
+    seen = set()
+    for name in {name for name, _ in TRUSTED.values()}:
+        for module in make(name).modules():
+            kind = type(module).__name__
+            if kind in FORWARDS:
+                assert contract.parameters_of(module) == FORWARDS[kind], kind
+                seen.add(kind)
+    assert TRUSTED.keys() <= seen
+
+
+class NoKeywords(nn.Module):
+    """A model whose forward would not hand visual prompts on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.config, self.inner = inner.config, inner
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids, attention_mask)
+
+
+def test_a_model_whose_forward_hands_no_keywords_on_is_refused():
+    model = NoKeywords(make("bert_text"))
+    with pytest.raises(ValueError, match=r"NoKeywords.forward takes \(input_ids, attention_mask\)"):
+        get_fast_prompt_model(model, DVP)
+
+
+@pytest.mark.parametrize("method", ["apt", "das", "dvp"])
+def test_a_model_prepared_by_accelerate_is_refused_where_its_forward_would_not_run(method):
+    accelerate = pytest.importorskip("accelerate")
+    configs = {"apt": APTConfig(num_prompts=2), "das": DASConfig(skipped=[0]), "dvp": DVP}
+    model = make("bert_text")
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    if method == "dvp":
+        with pytest.raises(ValueError, match="BertModel: its forward was already replaced"):
+            get_fast_prompt_model(prepared, configs[method])
+    else:  # their forwards are those of modules deeper inside
+        get_fast_prompt_model(prepared, configs[method])
+
+
+def test_an_adapter_added_after_accelerate_is_refused_too():
+    accelerate = pytest.importorskip("accelerate")
+    model = get_fast_prompt_model(make("bert_text"), APTConfig(num_prompts=2))
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    with pytest.raises(ValueError, match="BertModel: its forward was already replaced"):
+        model.add_adapter("dvp", DVP)
+    assert list(model.adapter_configs) == ["default"]
+
+
+# ---- Arguments by name ----
+
+
+class Plain(nn.Module):
+    def forward(self, first, second=2, *, third=3):
+        return first, second, third
+
+
+def test_a_replacement_that_names_keywords_only_gets_every_argument_by_name():
+    def by_name(self, forward, *, second, **kwargs):
+        return forward(self, second=10 * second, **kwargs)
+
+    module = Plain()
+    replace_forward(module, by_name)
+    assert module(1, 5, third=7) == module(1, second=5, third=7) == module(first=1, second=5, third=7) == (1, 50, 7)
+    with pytest.raises(TypeError, match="multiple values"):
+        module(1, 5, second=6)
+    assert list(inspect.signature(module.forward).parameters) == ["first", "second", "third"]
+
+
+def test_any_other_replacement_gets_them_as_they_came():
+    def as_given(self, forward, x, *args, **kwargs):
+        return args, kwargs
+
+    module = Plain()
+    replace_forward(module, as_given)
+    assert module(1, 5, third=7) == ((5,), {"third": 7})
+
+
+def test_the_cache_is_found_under_either_name():
+    cache = object()
+    assert [cache_in({name: cache}) for name in CACHE_NAMES] == [cache, cache]
+    assert cache_in({"cache": None, "past_key_values": cache}) is cache
+    assert cache_in({"cache": None}) is None and cache_in({}) is None
