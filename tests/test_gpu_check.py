@@ -71,7 +71,8 @@ def test_every_step_left_its_figures(dry_run):
     figures = {entry["stage"]: entry["figures"] for entry in content["steps"]}
     assert figures["build"]["planned"] > 3
     assert figures["parity"]["comparisons"] > 100 and not figures["parity"]["failures"]
-    assert figures["stress"].keys() == {"cuda_graph", "two_streams", "other_device", "torch_compile", "same_bits"}
+    stress = {"cuda_graph", "cuda_graph_of_numbers", "two_streams", "other_device", "torch_compile", "same_bits"}
+    assert figures["stress"].keys() == stress
     assert figures["huge"]["elements"] > DRY.huge and figures["huge"]["last"] == "passed"
     for stage in ("cold", "launched", "tuned"):
         rows = figures[stage]["rows"]
