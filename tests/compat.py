@@ -1,7 +1,7 @@
 """Runs the tests of the methods on other versions of transformers: the oldest supported, and the newest there is.
 
-``python tests/compat.py [VERSION ...]``; ``newest`` is a version too, and by default both ends of the range are run. Each
-version lives in a folder of its own, with whatever else it needs in another version than this environment has.
+``python tests/compat.py [VERSION ...]``; ``newest`` is a version too, and by default both ends of the range are run.
+Each version lives in a folder of its own, with whatever else it needs in another version than this environment has.
 """
 
 import json

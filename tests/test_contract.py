@@ -1,6 +1,7 @@
 """What the replaced forwards were written for is checked before a model is changed; arguments arrive by name."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from tiny_models import build, build_language_model
 from torch import nn
 
 from fast_prompt import APTConfig, DASConfig, DVPConfig, get_fast_prompt_model
+from fast_prompt.cli import main
 from fast_prompt.models import contract
 from fast_prompt.models.cache import CACHE_NAMES, cache_in
 from fast_prompt.models.contract import FORWARDS, NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from fast_prompt.tuning.classes import replace_forward
+
+ROOT = Path(__file__).parent.parent
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[type], list[bool]]:
@@ -144,26 +148,55 @@ def test_a_model_whose_forward_hands_no_keywords_on_is_refused():
         get_fast_prompt_model(model, DVP)
 
 
-@pytest.mark.parametrize("method", ["apt", "das", "dvp"])
-def test_a_model_prepared_by_accelerate_is_refused_where_its_forward_would_not_run(method):
+@pytest.fixture
+def prepare():
+    """accelerate's ``prepare`` with mixed precision, which binds a forward to the model."""
     accelerate = pytest.importorskip("accelerate")
-    configs = {"apt": APTConfig(num_prompts=2), "das": DASConfig(skipped=[0]), "dvp": DVP}
-    model = make("bert_text")
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    if method == "dvp":
-        with pytest.raises(ValueError, match="BertModel: its forward was already replaced"):
-            get_fast_prompt_model(prepared, configs[method])
-    else:  # their forwards are those of modules deeper inside
-        get_fast_prompt_model(prepared, configs[method])
+    accelerate.state.AcceleratorState._reset_state()
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare
+    accelerate.state.AcceleratorState._reset_state()
 
 
-def test_an_adapter_added_after_accelerate_is_refused_too():
-    accelerate = pytest.importorskip("accelerate")
-    model = get_fast_prompt_model(make("bert_text"), APTConfig(num_prompts=2))
-    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+@pytest.mark.parametrize("config", [APTConfig(num_prompts=2), DASConfig(skipped=[0])], ids=["APT", "DAS"])
+def test_a_model_prepared_by_accelerate_is_adapted_deeper_inside(prepare, config):
+    model = get_fast_prompt_model(prepare(make("bert_text")), config)
+    assert model.targeted_module_names
+
+
+def test_a_model_prepared_by_accelerate_is_refused_where_its_own_forward_would_not_run(prepare):
+    with pytest.raises(ValueError, match="BertModel: its forward was already replaced"):
+        get_fast_prompt_model(prepare(make("bert_text")), DVP)
+
+
+def test_an_adapter_added_after_accelerate_is_refused_too(prepare):
+    model = prepare(get_fast_prompt_model(make("bert_text"), APTConfig(num_prompts=2)))
     with pytest.raises(ValueError, match="BertModel: its forward was already replaced"):
         model.add_adapter("dvp", DVP)
     assert list(model.adapter_configs) == ["default"]
+
+
+# ---- Versions ----
+
+
+@pytest.mark.parametrize(
+    ("installed", "tested"),
+    [("5.16.1", False), ("5.17.0", True), ("5.24.0", True), ("5.24.1", False), ("6.0.0.dev0", False), (None, True)],
+)
+def test_info_says_when_transformers_lies_outside_the_range(monkeypatch, capsys, installed, tested):
+    monkeypatch.setattr(contract, "installed_transformers", lambda: installed)
+    assert contract.describe_range()["tested"] is tested
+    assert main(["info"]) == 0
+    said = f"transformers {installed} lies outside the range that was tested, 5.17.0 to 5.24.0"
+    assert (said in capsys.readouterr().out) is not tested
+
+
+@pytest.mark.parametrize("file", ["README.md", "pyproject.toml"])
+def test_the_range_is_stated_where_people_look(file):
+    assert f"transformers {OLDEST_TRANSFORMERS} to {NEWEST_TRANSFORMERS}" in (ROOT / file).read_text()
+
+
+def test_the_newest_version_tested_is_the_one_that_setup_installs():
+    assert f"transformers=={NEWEST_TRANSFORMERS}\n" in (ROOT / "constraints.txt").read_text()
 
 
 # ---- Arguments by name ----

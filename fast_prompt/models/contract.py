@@ -7,9 +7,11 @@ compared with those that our code was written for; a class that differs is refus
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from torch import nn
 
@@ -130,6 +132,19 @@ def refuse(problem: str) -> None:
     if setting == "refuse":
         raise ValueError(f"{message}. {SETTING}=warn goes on nevertheless, with results that nobody has checked")
     warnings.warn(message, stacklevel=2)
+
+
+def describe_range() -> dict[str, Any]:
+    """Whether the installed ``transformers`` is one that the tests ran on, and what to know if it is not."""
+    oldest, newest, installed = OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS, installed_transformers()
+    tested = installed is None or _release(oldest) <= _release(installed) <= _release(newest)
+    note = "" if tested else f"transformers {installed} lies outside the range that was tested, {oldest} to {newest}"
+    return {"installed": installed, "oldest": oldest, "newest": newest, "tested": tested, "note": note}
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (5, 24, 0) of 5.24.0.dev1."""
+    return tuple(map(int, re.match(r"\d+(?:\.\d+)*", text)[0].split(".")))  # type: ignore[index]
 
 
 def installed_transformers() -> str | None:
