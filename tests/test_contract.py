@@ -120,6 +120,24 @@ def test_a_known_attention_that_computes_something_else_is_refused(monkeypatch):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("vit", "ViTLayer"), ("vilt", "ViltLayer"), ("clip", "CLIPEncoderLayer")])
+def test_a_known_block_that_computes_something_else_is_refused(monkeypatch, name, kind):
+    """As if a layer scale had come, under the old signature."""
+    model = make(name)
+    cls = next(type(module) for module in model.modules() if type(module).__name__ == kind)
+    forward = cls.forward
+
+    def scaled(self, hidden_states, *args, **kwargs):
+        return forward(self, 1.5 * hidden_states, *args, **kwargs)
+
+    scaled.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(cls, "forward", scaled)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"{kind} is not what it was: it computes something else"):
+        get_fast_prompt_model(model, DASConfig(skipped=[0]))
+    assert_unchanged(model, before)
+
+
 def test_every_known_class_is_as_the_installed_transformers_has_it():
     seen = set()
     for name in {name for name, _ in TRUSTED.values()}:

@@ -1,4 +1,6 @@
-"""A trial call that shows whether an attention's projections read X and give H, whatever its class is called."""
+"""Trial calls: whether an attention's projections read X and give H, whatever its class; whether a block still computes
+what our own code computes in its stead.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -60,12 +62,35 @@ def prove(trial: Trial) -> Verdict:
     try:
         return _judge(trial)
     except Exception as error:  # noqa: BLE001 (what a foreign module raises when it is called like that is anybody's guess)
-        return Verdict(None, f"a trial call failed with {type(error).__name__}: {error}")
+        return _not_called(error)
+
+
+@torch.no_grad()
+def prove_equal(block: nn.Module, ours: Callable[..., Any], width: int) -> Verdict:
+    """Call a block's own forward and ``ours(block, ...)`` on three random tokens, without a mask, in eval mode."""
+    try:
+        x = _tokens(next(block.parameters()), width, 0)
+        with _in_eval(block):
+            own = base_class(block).forward(block, hidden_states=x, attention_mask=None)
+            found = ours(block, hidden_states=x, attention_mask=None)
+        equal = torch.allclose(_first(own), _first(found), rtol=1e-2, atol=1e-3)
+    except Exception as error:  # noqa: BLE001 (weights may be anywhere, of any kind: where no call can be made, none is)
+        return _not_called(error)
+    return Verdict(True) if equal else Verdict(False, "it computes something else than its sublayers one after another")
+
+
+def _not_called(error: Exception) -> Verdict:
+    return Verdict(None, f"a trial call failed with {type(error).__name__}: {error}")
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _judge(trial: Trial) -> Verdict:
     weight = next(trial.query.parameters())
-    x, memory = _tokens(trial.query, weight, 0), _tokens(trial.memory[0] if trial.memory else trial.query, weight, 1)
+    x = _tokens(weight, _input_width(trial.query), 0)
+    memory = _tokens(weight, _input_width(trial.memory[0] if trial.memory else trial.query), 1)
     watched = [trial.query, *trial.memory, trial.output, *([trial.host] if trial.host else [])]
     with _in_eval(trial.attention), _recorded(watched) as calls:
         result = trial.attention(**_arguments(trial, x, memory))
@@ -76,8 +101,7 @@ def _judge(trial: Trial) -> Verdict:
     if not all(_same(calls[module][0][0], expected) for module, expected in read.items()):
         return Verdict(False, "its projections do not read its input")
     if trial.host is None:
-        returned = result[0] if isinstance(result, tuple) else result
-        return Verdict(True) if _same(returned, calls[trial.output][1]) else _NOT_H
+        return Verdict(True) if _same(_first(result), calls[trial.output][1]) else _NOT_H
     arguments, given = calls[trial.host]
     if not _same(arguments[1], x):
         return Verdict(False, f"its {type(trial.host).__name__} is not given its input")
@@ -88,8 +112,11 @@ def _judge(trial: Trial) -> Verdict:
 _NOT_H = Verdict(False, "what it returns is not its output projection's result")
 
 
-def _tokens(projection: Any, weight: Tensor, seed: int) -> Tensor:
-    width = getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's Conv1D is [d, width]
+def _input_width(projection: Any) -> int:
+    return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's Conv1D is [d, width]
+
+
+def _tokens(weight: Tensor, width: int, seed: int) -> Tensor:
     values = torch.randn(1, TOKENS, width, generator=torch.Generator().manual_seed(seed))
     return values.to(weight.device, weight.dtype)
 

@@ -1,7 +1,8 @@
 """The forwards of blocks that are skipped, or kept beside parallel adapters.
 
 A parallel adapter reads what its sublayer reads before any norm, and is computed together with the residual:
-``x + ad(x)`` is one pass, to which the sublayer's result is added.
+``x + ad(x)`` is one pass, to which the sublayer's result is added. For that, a pre-LN block's sublayers are called from
+here; without adapters they must give what the block's own forward gives, which a trial call checks.
 """
 
 from collections.abc import Callable
@@ -41,9 +42,12 @@ def vilt_forward(
     adapter = adapter_in_place(self)
     if adapter is not None:
         return (adapter.replace(hidden_states), *((None,) if output_attentions else ()))
-    kwargs["output_attentions"] = output_attentions
-    if not _has_parallel(self):
-        return forward(self, hidden_states=hidden_states, **kwargs)
+    run = vilt_sublayers if _has_parallel(self) else forward
+    return run(self, hidden_states=hidden_states, output_attentions=output_attentions, **kwargs)
+
+
+def vilt_sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+    """The sublayers of ViLT's block, each beside its adapter."""
     attended, *weights = self.attention(self.layernorm_before(hidden_states), **kwargs)
     hidden_states = attended + at_site(self, ATTENTION_CHILD, hidden_states).to(attended.device)
     wide = self.intermediate(self.layernorm_after(hidden_states))
@@ -55,8 +59,12 @@ def vit_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Ten
     adapter = adapter_in_place(self)
     if adapter is not None:
         return adapter.replace(hidden_states)
-    if not _has_parallel(self):
-        return forward(self, hidden_states=hidden_states, **kwargs)
+    run = vit_sublayers if _has_parallel(self) else forward
+    return run(self, hidden_states=hidden_states, **kwargs)
+
+
+def vit_sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The sublayers of ViT's block, each beside its adapter."""
     attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
     hidden_states = self.dropout(attended) + at_site(self, ATTENTION_CHILD, hidden_states)
     wide = self.mlp(self.layernorm_after(hidden_states))
@@ -68,8 +76,12 @@ def clip_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Te
     adapter = adapter_in_place(self)
     if adapter is not None:
         return adapter.replace(hidden_states)
-    if not _has_parallel(self):
-        return forward(self, hidden_states=hidden_states, **kwargs)
+    run = clip_sublayers if _has_parallel(self) else forward
+    return run(self, hidden_states=hidden_states, **kwargs)
+
+
+def clip_sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The sublayers of CLIP's block, each beside its adapter."""
     attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **kwargs)
     hidden_states = at_site(self, ATTENTION_CHILD, hidden_states) + attended
     return at_site(self, MLP_CHILD, hidden_states) + self.mlp(self.layer_norm2(hidden_states))
