@@ -5,14 +5,14 @@
 #include "prompt_compress.h"
 #include "tile.cuh"
 
-namespace fast_prompt::cuda {
-namespace {
+namespace fast_prompt::cuda::compress {
 
 // ---- How a block of threads lies over rows, tokens and columns ----
 
 constexpr int TILE = 16;  // rows of a row tile, tokens of a token tile
 constexpr int TOKEN_WARPS = 8, TOKEN_THREADS = 32 * TOKEN_WARPS;
 static_assert(TOKEN_THREADS == TILE * TILE, "a thread for each score of a tile");
+constexpr int ROW_THREADS = 128;  // of the kernels that go over rows alone
 
 // Each warp takes SLICE columns of every token; WIDTH columns, a group, are what a block takes at once.
 template <int SLICE_>
@@ -410,5 +410,4 @@ __global__ void __launch_bounds__(TOKEN_THREADS, L::template blocks<T>())
   pass_over_tokens<T, L>(pass, share, step);
 }
 
-}  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::compress

@@ -4,7 +4,7 @@
 
 #include "skip_adapter_rows.cuh"
 
-namespace fast_prompt::cuda {
+namespace fast_prompt::cuda::skip {
 namespace {
 
 // What the row tiles read and write besides the problem; what is written is null where not wanted. dv is the gradient
@@ -468,4 +468,4 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
 }
 
 }  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::skip

@@ -4,21 +4,8 @@
 
 #include "skip_adapter_rows.cuh"
 
-namespace fast_prompt::cuda {
+namespace fast_prompt::cuda::skip {
 namespace {
-
-// What the kernel makes of its rows: the op's result; the same from a hidden layer that was kept, for the rows within a
-// run; or, where a norm comes after the adapter, from the result's gradient the one of what that norm is of.
-enum class Purpose { forward, replay, derive };
-
-// What a launch reads besides the problem, and what it writes.
-template <class T>
-struct RowResults {
-  Purpose purpose;
-  T* output;              // [rows, width]
-  T* hidden;              // [adapters, rows, hidden_width]; written by `forward` unless null, else read
-  float* norm_sums;       // derive: [row tiles, ROW_WARPS, 2, width], parts of the norm's weight's and bias's gradients
-};
 
 template <class T, class L>
 constexpr int64_t forward_shared_bytes(const Problem<T>& problem) {
@@ -505,4 +492,4 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
 }
 
 }  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::skip

@@ -8,8 +8,7 @@
 #include "skip_adapter.h"
 #include "tile.cuh"
 
-namespace fast_prompt::cuda {
-namespace {
+namespace fast_prompt::cuda::skip {
 
 // A call as the kernels see it; the parameters are of the activations' type here.
 template <class T>
@@ -45,6 +44,19 @@ struct Problem {
     const int last = (chunk + 1) * CHUNK<T> < width ? (chunk + 1) * CHUNK<T> : width;
     return groups == 1 ? 0 : (last - 1) / (width / groups);
   }
+};
+
+// What the forward kernel makes of its rows: the op's result; the same from a hidden layer that was kept, for the rows within a
+// run; or, where a norm comes after the adapter, from the result's gradient the one of what that norm is of.
+enum class Purpose { forward, replay, derive };
+
+// What a launch reads besides the problem, and what it writes.
+template <class T>
+struct RowResults {
+  Purpose purpose;
+  T* output;              // [rows, width]
+  T* hidden;              // [adapters, rows, hidden_width]; written by `forward` unless null, else read
+  float* norm_sums;       // derive: [row tiles, ROW_WARPS, 2, width], parts of the norm's weight's and bias's gradients
 };
 
 // ROW_WARPS x COLUMN_WARPS warps take a tile of rows [ROWS, width]; in the hidden layer, COLUMNS of it at a time, each
@@ -368,5 +380,4 @@ __device__ inline void for_each_hidden(const Place<L>& place, Body body) {
     body(place.first_row + i / (L::N * 2), place.first_column + i % (L::N * 2) * 4);
 }
 
-}  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::skip

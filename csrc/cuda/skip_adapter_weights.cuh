@@ -5,7 +5,7 @@
 
 #include "skip_adapter_rows.cuh"
 
-namespace fast_prompt::cuda {
+namespace fast_prompt::cuda::skip {
 namespace {
 
 // ---- sum over rows of operand (x) activations: parts of the sums ----
@@ -342,4 +342,4 @@ __global__ void __launch_bounds__(SUM_THREADS)
 }
 
 }  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::skip
