@@ -60,7 +60,11 @@ BINDINGS = ("csrc/bind.cpp", "csrc/cpu/isa.cpp")
 KERNELS = ("csrc/cpu/prompt_diffusion.cpp", "csrc/cpu/prompt_compress.cpp", "csrc/cpu/skip_adapter.cpp")
 
 CUDA_BINDINGS = ("csrc/bind_cuda.cpp",)
-CUDA_KERNELS = ("csrc/cuda/prompt_diffusion.cu", "csrc/cuda/prompt_compress.cu", "csrc/cuda/skip_adapter.cu")
+CUDA_KERNELS = tuple(
+    f"csrc/cuda/{op}{direction}.cu"
+    for op in ("prompt_diffusion", "prompt_compress", "skip_adapter")
+    for direction in ("", "_backward")
+)
 CUDA_ELEMENTS = ("float32", "bfloat16", "float16")
 CUDA_CHIPS = ("80", "90", "100")  # oldest first
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v"

@@ -13,7 +13,6 @@
 #include "tile.cuh"
 
 namespace fast_prompt::cuda {
-namespace {
 
 // The current device.
 struct Device {
@@ -78,5 +77,4 @@ class Launches {
   const char* error() const { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
 };
 
-}  // namespace
 }  // namespace fast_prompt::cuda

@@ -4,8 +4,7 @@
 
 #include "tile.cuh"
 
-namespace fast_prompt::cuda {
-namespace {
+namespace fast_prompt::cuda::compress {
 
 // A matrix for each z, `step` elements after the one before.
 template <class E>
@@ -153,5 +152,4 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
   store_product(all, sums, z, first_row + warp_row, first_column + warp_column);
 }
 
-}  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::compress

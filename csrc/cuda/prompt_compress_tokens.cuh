@@ -5,14 +5,14 @@
 #include "prompt_compress.h"
 #include "tile.cuh"
 
-namespace fast_prompt::cuda {
-namespace {
+namespace fast_prompt::cuda::compress {
 
 // ---- How a block of threads lies over rows, tokens and columns ----
 
 constexpr int TILE = 16;  // rows of a row tile, tokens of a token tile
 constexpr int TOKEN_WARPS = 8, TOKEN_THREADS = 32 * TOKEN_WARPS;
 static_assert(TOKEN_THREADS == TILE * TILE, "a thread for each score of a tile");
+constexpr int ROW_THREADS = 128;  // of the kernels that go over rows alone
 
 // Each warp takes SLICE columns of every token; WIDTH columns, a group, are what a block takes at once.
 template <int SLICE_>
@@ -142,12 +142,10 @@ class TokenSlices {
 
   // Zeros in place of padding, whose contents must not matter.
   __device__ void load(T* stage, int first_column) {
-    for_each_piece<T, TILE, L::SLICE, 32>(
-        lane, token, share.end, first_column, pass.width, [&](int row, int column, int count) {
-          if (count > 0 && is_padding(pass, share.sample, token + row)) count = 0;
-          const T* source = tokens + (count > 0 ? (token + row) * pass.token_stride + first_column + column : 0);
-          load_piece(stage + row * L::template PITCH<T> + column, source, count, pass.aligned);
-        });
+    load_tile<TILE, L::SLICE, 32>(
+        stage, L::template PITCH<T>, Matrix<T>{tokens, UNBROKEN, 0, pass.token_stride}, token, share.end, first_column,
+        pass.width, pass.aligned, lane,
+        [&](int row) { return is_padding(pass, share.sample, token + row); });
   }
 };
 
@@ -410,5 +408,4 @@ __global__ void __launch_bounds__(TOKEN_THREADS, L::template blocks<T>())
   pass_over_tokens<T, L>(pass, share, step);
 }
 
-}  // namespace
-}  // namespace fast_prompt::cuda
+}  // namespace fast_prompt::cuda::compress

@@ -40,12 +40,13 @@ def compile_modules(elements, op="prompt_diffusion", sources=SOURCES, build=BUIL
     for element in elements:
         name = module_name(op, element, build)
         lines += [
-            f"build {element}.o: compile {sources / f'{op}.cu'}",
-            f"  defines = -DFAST_PROMPT_ELEMENT={element}",
             f"build {element}.bind.o: compile {SIMT / f'bind_{op}.cpp'}",
             f"  defines = -DFAST_PROMPT_ELEMENT={element} -DSIMT_MODULE={name}",
-            f"build {name}.so: link {element}.o {element}.bind.o simt.o",
         ]
+        objects = [f"{element}.{source.stem}.o" for source in sorted(sources.glob(f"{op}*.cu"))]
+        for source, target in zip(sorted(sources.glob(f"{op}*.cu")), objects, strict=True):
+            lines += [f"build {target}: compile {source}", f"  defines = -DFAST_PROMPT_ELEMENT={element}"]
+        lines.append(f"build {name}.so: link {' '.join(objects)} {element}.bind.o simt.o")
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", build]
     with (build / "lock").open("w") as lock:  # several test processes may want the same
         fcntl.flock(lock, fcntl.LOCK_EX)
