@@ -80,7 +80,7 @@ FAMILIES = (
     BlockFamily("ViLT", ("ViltLayer",), "layernorm_before", *_pre_norm(forwards.vilt_forward, forwards.vilt_sublayers)),
     BlockFamily("ViT", ("ViTLayer",), "layernorm_before", *_pre_norm(forwards.vit_forward, forwards.vit_sublayers)),
     BlockFamily(
-        "CLIP", ("CLIPEncoderLayer",), "layer_norm1", *_pre_norm(forwards.clip_forward), forwards.clip_sublayers
+        "CLIP", ("CLIPEncoderLayer",), "layer_norm1", *_pre_norm(forwards.clip_forward, forwards.clip_sublayers)
     ),
     BlockFamily(
         "LLaMA",
