@@ -15,9 +15,9 @@ help:
 	@echo "make setup       .venv with torch, the compiled library and everything the tests need"
 	@echo "make native      the compiled library alone, as far as its sources have changed"
 	@echo "make demo        a language model learns to answer questions about images; results and pictures under runs/"
-	@echo "make test        lint, types and the whole test suite"
+	@echo "make test        lint, types, the whole test suite, and its methods on the oldest supported transformers"
 	@echo "make test-fast   the test suite without the gates: no nvcc, ahead-of-time Triton or emulated CUDA"
-	@echo "make test-compat the other versions of torch and transformers that are promised to work"
+	@echo "make test-compat the methods' tests on the oldest supported transformers and on the newest there is"
 	@echo "make check       lint and types only"
 	@echo "make bench       pytest-benchmark on this machine"
 	@echo "make wheel       a wheel in dist/, proved in a fresh environment without a compiler"
@@ -47,6 +47,7 @@ demo: setup
 
 test: check
 	$(PYTEST)
+	$(BIN)/python tests/compat.py oldest
 
 test-fast: setup
 	$(PYTEST) -m "not gate"

@@ -1,7 +1,7 @@
 """Runs the tests of the methods on other versions of transformers: the oldest supported, and the newest there is.
 
-``python tests/compat.py [VERSION ...]``; ``newest`` is a version too, and by default both ends of the range are run.
-Each version lives in a folder of its own, with whatever else it needs in another version than this environment has.
+``python tests/compat.py [VERSION ...]``; a version may be ``oldest`` or ``newest``, and by default both are run. Each
+version lives in a folder of its own, with whatever else it needs in another version than this environment has.
 """
 
 import json
@@ -15,7 +15,8 @@ from overlays import overlay
 from fast_prompt.models.contract import OLDEST_TRANSFORMERS, installed_transformers
 
 TESTS = Path(__file__).parent
-NEWEST = "newest"
+OLDEST, NEWEST = "oldest", "newest"
+REQUIREMENTS = {OLDEST: f"transformers=={OLDEST_TRANSFORMERS}", NEWEST: "transformers"}
 
 # What the methods do with a model: adapt, generate, save, load, fold, search, train.
 FILES = (
@@ -60,7 +61,7 @@ def packages(requirement):
 
 def run(version):
     """The exit status of the methods' tests on one version of transformers; 0 where it is the one installed."""
-    changed = packages("transformers" if version == NEWEST else f"transformers=={version}")
+    changed = packages(REQUIREMENTS.get(version, f"transformers=={version}"))
     if not any(each.startswith("transformers==") for each in changed):
         print(f"transformers {version} is the installed {installed_transformers()}: make test runs on it")
         return 0
@@ -75,4 +76,4 @@ def run(version):
 
 
 if __name__ == "__main__":
-    sys.exit(max(run(version) for version in sys.argv[1:] or (OLDEST_TRANSFORMERS, NEWEST)))
+    sys.exit(max(run(version) for version in sys.argv[1:] or (OLDEST, NEWEST)))
