@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def cached(command: Sequence[str], inputs: Sequence[Path], folders: Sequence[Pat
     if not target.exists():
         with _locked(target):
             if not target.exists():
-                _run(command, target)
+                _run(command, target, lambda: key(command, inputs, folders) == target.name)
     os.utime(target)
     return target
 
@@ -103,14 +103,16 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _run(command: Sequence[str], target: Path) -> None:
-    """Runs the command in a folder of its own, which becomes ``target`` if it succeeds."""
+def _run(command: Sequence[str], target: Path, unchanged: Callable[[], bool]) -> None:
+    """Runs the command in a folder of its own, which becomes ``target`` if it succeeds on unchanged inputs."""
     _remove_old(target.parent)
     folder = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
     try:
         done = subprocess.run(command, cwd=folder, text=True, capture_output=True, check=False)
         if done.returncode != 0:
             raise CompilationError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        if not unchanged():
+            raise CompilationError(f"changed while it was compiled: {' '.join(command)}")
         (folder / "log").write_text(done.stdout + done.stderr)
         folder.rename(target)
     finally:
