@@ -3,7 +3,11 @@
 import os
 
 import pytest
-import torch
+
+# Read as torch is loaded. Threads that wait sleep: by default they spin, on cores where other tests run.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 # Before anything imports triton: kernels run in its interpreter where there is no GPU.
 if not torch.cuda.is_available():

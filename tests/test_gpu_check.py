@@ -1,9 +1,11 @@
 """``make gpu-check`` as far as a machine without a GPU goes: its steps, their failures, and what is told of them."""
 
+import io
 import json
-import subprocess
 import sys
 import time
+import traceback
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -13,18 +15,20 @@ from fast_prompt.backends import cpu
 from fast_prompt.backends.call import CALLS
 from fast_prompt.bench import prompt_diffusion as diffusion_bench
 from fast_prompt.gpu_check import machine, page, report, runner
+from fast_prompt.gpu_check.__main__ import main as gpu_check_main
+from fast_prompt.gpu_check.outcome import StepError
 from fast_prompt.gpu_check.place import DRY, GPU
 from fast_prompt.gpu_check.steps import Step, steps
 
-COMMAND = [sys.executable, "-m", "fast_prompt.gpu_check"]
 OP = "prompt_diffusion"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so_in_one_line_and_exits_2():
-    done = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout.count("\n") == 1 and "no CUDA GPU" in done.stdout
+def test_without_a_gpu_it_says_so_in_one_line_and_exits_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    assert gpu_check_main() == 2
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and "no CUDA GPU" in output
 
 
 # ---- A dry run ----
@@ -32,12 +36,30 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_2():
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("gpu_check")
-    done = subprocess.run(
-        [*COMMAND, "--dry-run", "--op", OP, "--out", str(out)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((out / runner.RECORD).read_text()), done.stdout
+    """The command's record and output. All steps but one run here: a process of its own spends its time on imports."""
+    out, printed = tmp_path_factory.mktemp("gpu_check"), io.StringIO()
+    in_a_process = runner._run_process
+
+    def run_process(step, place, figures, log, limit):
+        if step.stage == "cold":  # the one that needs an environment most
+            return in_a_process(step, place, figures, log, limit)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in step.environment.items():
+                patch.setenv(name, value)
+            try:
+                return runner.run_here(step, place, figures)
+            except Exception:
+                log.write_text(traceback.format_exc())
+                return 1
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(runner, "_run_process", run_process)
+        patch.setattr(runner, "_workers", lambda: 1)  # which backend is in use is the same for all threads
+        patch.setattr(sys, "argv", ["gpu_check", "--dry-run", "--op", OP, "--out", str(out)])
+        code = gpu_check_main()
+    content = json.loads((out / runner.RECORD).read_text())
+    assert code == 0, [entry for entry in content["steps"] if entry["status"] != "passed"]
+    return content, printed.getvalue()
 
 
 needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))

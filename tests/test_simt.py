@@ -13,7 +13,7 @@ from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = [
     pytest.mark.skipif(not harness.has_compiler(), reason="no C++ compiler to build the emulated kernels with"),
-    pytest.mark.xdist_group("simt"),
+    pytest.mark.gate,
 ]
 
 NAMES = ("hidden", "source", "prompts", "keys", "log_scale")
@@ -28,7 +28,7 @@ SMALL = 99 << 10  # shared memory of sm_86 and sm_89
 
 @pytest.fixture(scope="session")
 def built():
-    return harness.Backend(harness.compile_modules(harness.ELEMENTS.values()))
+    return harness.Backend("prompt_diffusion", harness.build("prompt_diffusion"))
 
 
 @pytest.fixture(params=ORDERS.values(), ids=ORDERS.keys())
@@ -98,12 +98,12 @@ SIZES = [  # batch, rows, width, prompts, multiprocessors: every layout, every t
     (3, 5, 5, 3, 2),
     (2, 90, 64, 16, 1),  # Wide16
     (1, 149, 130, 17, 1),  # Wide64, Both64
-    (1, 300, 65, 200, 1),  # Tall208, Both208
-    (1, 70, 768, 208, 1),
+    (1, 150, 65, 200, 1),  # Tall208, Both208
+    (1, 70, 328, 208, 1),
     (1, 70, 72, 256, 1),  # Wide256
     (1, 90, 72, 500, 1),  # Wide256 and Both208 in blocks
     (3, 7, 33, 64, 4),  # Small64
-    (2, 16, 768, 200, 4),  # Small256
+    (2, 16, 328, 200, 4),  # Small256
     (1, 13, 65, 1024, 4),  # Small256 in blocks
     (1, 1, 768, 200, 4),
 ]
@@ -144,7 +144,7 @@ def test_shared_memory_within_budget(built, case):
     }.items():
         built.configure(most_shared_bytes=0)
         call()
-        used[direction] = built.modules[harness.ELEMENTS[dtype]].settings().most_shared_bytes
+        used[direction] = built.settings.most_shared_bytes
     assert all(0 < used[direction] <= BUDGETS[case][direction] for direction in used), used
 
 
@@ -300,7 +300,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name):
-    broken = harness.Backend({"bfloat16": harness.compile_planted("bfloat16", name, *PLANTED[name])})
+    broken = harness.Backend("prompt_diffusion", harness.build_planted("prompt_diffusion", *PLANTED[name]))
     assert any(shows_a_bug(broken, order) for order in ORDERS.values())
 
 
@@ -322,7 +322,7 @@ def shows_a_bug(kernels, order):
 def test_planted_barrier_bug_is_named(built):
     """What a divergent barrier is reported as: a person must find it from the message."""
     name = "barrier_that_only_some_warps_reach"
-    broken = harness.Backend({"bfloat16": harness.compile_planted("bfloat16", name, *PLANTED[name])})
+    broken = harness.Backend("prompt_diffusion", harness.build_planted("prompt_diffusion", *PLANTED[name]))
     broken.configure(**H100, **ORDERS["forward"])
     inputs, _ = make_inputs(2, 71, 80, 33)
     with pytest.raises(RuntimeError, match="diverge"):

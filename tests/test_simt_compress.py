@@ -16,7 +16,7 @@ from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = [
     pytest.mark.skipif(not harness.has_compiler(), reason="no C++ compiler to build the emulated kernels with"),
-    pytest.mark.xdist_group("simt"),
+    pytest.mark.gate,
 ]
 
 NAMES = ("query", "visual", "key_weight", "value_weight", "value_bias")
@@ -32,7 +32,7 @@ SMALL = 99 << 10  # shared memory of sm_86 and sm_89
 
 @pytest.fixture(scope="session")
 def built():
-    return harness.Backend(harness.compile_modules(harness.ELEMENTS.values(), "prompt_compress"))
+    return harness.Backend("prompt_compress", harness.build("prompt_compress"))
 
 
 @pytest.fixture(params=ORDERS.values(), ids=ORDERS.keys())
@@ -302,7 +302,7 @@ def test_shared_memory_within_budget(built, name):
     case = Case(1, 1, 3, 1, 4, int(width), {"fp32": F32, "bf16": BF16, "fp16": F16}[element])
     built.configure(most_shared_bytes=0)
     run(built, case)
-    used = built.modules[harness.ELEMENTS[case.query.dtype]].settings().most_shared_bytes
+    used = built.settings.most_shared_bytes
     assert 0 < used <= BUDGETS[name]
 
 
@@ -324,8 +324,8 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name):
-    modules = {"bfloat16": harness.compile_planted("bfloat16", name, *PLANTED[name], "prompt_compress")}
-    assert any(shows_a_bug(harness.Backend(modules), order) for order in ORDERS.values())
+    broken = harness.Backend("prompt_compress", harness.build_planted("prompt_compress", *PLANTED[name]))
+    assert any(shows_a_bug(broken, order) for order in ORDERS.values())
 
 
 def test_no_bug_is_seen_where_none_is_planted(built):

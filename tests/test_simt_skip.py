@@ -17,7 +17,7 @@ from fast_prompt.tolerances import TOLERANCES
 
 pytestmark = [
     pytest.mark.skipif(not harness.has_compiler(), reason="no C++ compiler to build the emulated kernels with"),
-    pytest.mark.xdist_group("simt"),
+    pytest.mark.gate,
 ]
 
 # Threads forwards, copies as late as they may come; and the reverse of both. Of few multiprocessors each has several
@@ -42,7 +42,7 @@ class Emulated(harness.Backend):
 
 @pytest.fixture(scope="session")
 def built():
-    return Emulated(harness.compile_modules(harness.ELEMENTS.values(), "skip_adapter"))
+    return Emulated("skip_adapter", harness.build("skip_adapter"))
 
 
 @pytest.fixture(params=ORDERS.values(), ids=ORDERS.keys())
@@ -154,7 +154,7 @@ def test_shared_memory_within_budget(built, name):
     case = Case("", (1, int(rows)), int(width), int(hidden), trained=("x",))
     built.configure(most_shared_bytes=0)
     results(built, parity.build(case, DTYPES[element], torch.device("cpu")))
-    used = built.modules[harness.ELEMENTS[DTYPES[element]]].settings().most_shared_bytes
+    used = built.settings.most_shared_bytes
     assert 0 < used <= BUDGETS[name]
 
 
@@ -193,8 +193,8 @@ WITNESSES = [
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name):
-    modules = {"bfloat16": harness.compile_planted("bfloat16", name, *PLANTED[name], "skip_adapter")}
-    assert any(shows_a_bug(Emulated(modules), order) for order in ORDERS.values())
+    broken = Emulated("skip_adapter", harness.build_planted("skip_adapter", *PLANTED[name]))
+    assert any(shows_a_bug(broken, order) for order in ORDERS.values())
 
 
 def test_no_bug_is_seen_where_none_is_planted(built):

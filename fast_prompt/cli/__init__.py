@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; those of the process when None.
     """
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     try:
         return args.run(args)
     except ModuleNotFoundError as error:
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> Parser:
+def _parser(argv: Sequence[str]) -> Parser:
+    """Knows the command that comes first, or all of them where none does: to import what they need takes a while."""
     parser = Parser(
         prog="fast-prompt",
         description="Fused kernels for prompts and adapters on frozen transformers.",
@@ -68,7 +70,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fast-prompt {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
         _add_command(command, subparsers)
     return parser
 

@@ -1,15 +1,14 @@
-"""Builds csrc/cuda with a C++ compiler against the SIMT headers here, and calls it with tensors."""
+"""Builds csrc/cuda with a C++ compiler against the SIMT headers here, and calls it with tensors, through ctypes."""
 
-import fcntl
-import importlib.util
+import ctypes
+import itertools
+import re
 import shutil
-import subprocess
-import sys
-import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import ninja
-import pybind11
+import build_cache
 import torch
 
 from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
@@ -17,103 +16,137 @@ from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
 ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
-BUILD = ROOT / "build" / "simt"
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-FLAGS = "-std=c++17 -O2 -march=native -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+# Several libraries are in one process: nothing of one may stand in for what is called the same in another.
+FLAGS = "-std=c++17 -fPIC -fno-gnu-unique -fno-semantic-interposition"
+LEVEL = "-O1"  # compiles in half the time of -O2, and runs about as fast
+WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
 
 
-def compile_modules(elements, op="prompt_diffusion", sources=SOURCES, build=BUILD):
-    """Builds an op's modules, one per element type, of what has changed, and imports them."""
-    build = build / op
-    build.mkdir(parents=True, exist_ok=True)
-    includes = [SIMT / "include", SIMT, sources, pybind11.get_include(), sysconfig.get_path("include")]
-    lines = [
-        f"flags = {FLAGS} {' '.join(f'-I{path}' for path in includes)}",
-        "rule compile",
-        "  command = c++ $flags $defines -MD -MF $out.d -x c++ -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = c++ -shared $in -o $out",
-        f"build simt.o: compile {SIMT / 'simt.cpp'}",
-    ]
-    for element in elements:
-        name = module_name(op, element, build)
-        lines += [
-            f"build {element}.bind.o: compile {SIMT / f'bind_{op}.cpp'}",
-            f"  defines = -DFAST_PROMPT_ELEMENT={element} -DSIMT_MODULE={name}",
-        ]
-        objects = [f"{element}.{source.stem}.o" for source in sorted(sources.glob(f"{op}*.cu"))]
-        for source, target in zip(sorted(sources.glob(f"{op}*.cu")), objects, strict=True):
-            lines += [f"build {target}: compile {source}", f"  defines = -DFAST_PROMPT_ELEMENT={element}"]
-        lines.append(f"build {name}.so: link {' '.join(objects)} {element}.bind.o simt.o")
-    command = [Path(ninja.BIN_DIR) / "ninja", "-C", build]
-    with (build / "lock").open("w") as lock:  # several test processes may want the same
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (build / "build.ninja").write_text("\n".join(lines) + "\n")
-        done = subprocess.run(command, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stdout
-    return {element: import_module(module_name(op, element, build), build) for element in elements}
-
-
-def compile_planted(element, name, file, right, wrong, op="prompt_diffusion"):
-    """The module of one element type with a bug: in ``file``, ``right``, which stands there once, made ``wrong``."""
-    build = BUILD / "planted" / name / op
-    sources = build / "sources"
-    sources.mkdir(parents=True, exist_ok=True)
-    for source in SOURCES.iterdir():
-        text = source.read_text()
-        if source.name == file:
-            assert text.count(right) == 1, f"{file}: found {text.count(right)} times: {right}"
-            text = text.replace(right, wrong)
-        target = sources / source.name
-        if not target.exists() or target.read_text() != text:  # an unchanged file keeps its time: nothing to build
-            target.write_text(text)
-    return compile_modules([element], op, sources, build.parent)[element]
-
-
-def module_name(op, element, build):
-    planted = "" if build.parent == BUILD else f"_{build.parent.name}"
-    return f"simt_{op}_{element}{planted}"
-
-
-def import_module(name, build):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, build / f"{name}.so")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+# ---- Building, of what the cache does not have ----
 
 
 def has_compiler():
     return shutil.which("c++") is not None
 
 
-class Backend:
-    """The emulated kernels behind the functions of a backend (fast_prompt/backends), by the activations' dtype."""
+def sources_of(op):
+    """The kernels' files, one for each direction: the forward first."""
+    return sorted(SOURCES.glob(f"{op}*.cu"))
 
-    def __init__(self, modules):
-        self.modules = modules
+
+def build(op):
+    """An op's library, with kernels of every element type."""
+    kernels = itertools.product(sources_of(op), ELEMENTS.values())
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_kernels, *zip(*kernels, strict=True)))
+    return link(objects)
+
+
+def build_planted(op, file, right, wrong, element="bfloat16"):
+    """The library of one element type with a bug: in ``file``, ``right``, which stands there once, made ``wrong``.
+
+    A header that both directions include has it in the forward alone.
+    """
+    sources = sources_of(op)
+    broken = next(source for source in sources if SOURCES / file in build_cache.closure([source], [SOURCES]))
+    with tempfile.TemporaryDirectory() as folder:
+        copies = Path(shutil.copytree(SOURCES, folder, dirs_exist_ok=True))
+        text = (copies / file).read_text()
+        assert text.count(right) == 1, f"{file}: found {text.count(right)} times: {right}"
+        (copies / file).write_text(text.replace(right, wrong))
+        planted = compile_kernels(copies / broken.name, element)
+    # First: of what both directions have, the linker takes the first.
+    return link([planted, *(compile_kernels(source, element) for source in sources if source != broken)])
+
+
+def compile_kernels(source, element):
+    return compile_file(source, source.parent, LEVEL, f"-DFAST_PROMPT_ELEMENT={element}", "-x", "c++")
+
+
+def compile_file(source, sources, *flags):
+    includes = [SIMT / "include", SIMT, sources]
+    command = ["c++", *f"{FLAGS} {WARNINGS}".split(), *(f"-I{path}" for path in includes), *flags]
+    command += ["-c", str(source), "-o", "object.o"]
+    return build_cache.cached(command, [source], includes) / "object.o"
+
+
+def link(objects):
+    emulator = [compile_file(SIMT / name, SOURCES, "-O3") for name in ("simt.cpp", "calls.cpp")]
+    inputs = [*objects, *emulator]
+    return build_cache.cached(["c++", "-shared", *map(str, inputs), "-o", "library.so"], inputs) / "library.so"
+
+
+# ---- Calling: the structs are read from the headers ----
+
+PLAIN = {
+    "bool": ctypes.c_bool,
+    "int": ctypes.c_int,
+    "unsigned": ctypes.c_uint,
+    "int64_t": ctypes.c_int64,
+    "uint32_t": ctypes.c_uint32,
+    "float": ctypes.c_float,
+}
+
+
+def structs(*headers):
+    """The headers' structs by their names, as ctypes has them."""
+    text = "\n".join(re.sub(r"//.*", "", header.read_text()) for header in headers)
+    text = re.sub(r"\w+\* \(\*(\w+)\)\(.*?\);", r"void* \1;", text)  # a pointer to a function, as any other
+    types = PLAIN | dict.fromkeys(re.findall(r"enum class (\w+)", text), ctypes.c_int)
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
+        members = []
+        for kind, names in re.findall(r"(?:const )?(\w+\b)([^;(]+);", body):
+            for member in names.split(","):
+                members.append((re.search(r"\w+", member)[0], ctypes.c_void_p if "*" in member else types[kind]))
+        types[name] = type(name, (ctypes.Structure,), {"_fields_": members})
+    return types
+
+
+class Backend:
+    """An op's emulated kernels behind the functions of a backend (fast_prompt/backends)."""
+
+    def __init__(self, op, path):
+        self.op, self.library = op, ctypes.CDLL(path)
+        self.types = structs(SIMT / "simt.h", SOURCES / "runtime.h", SOURCES / f"{op}.h")
+        self.library.simt_settings.restype = ctypes.POINTER(self.types["Settings"])
+        self.library.simt_call.restype = ctypes.c_char_p
+        self.settings = self.library.simt_settings().contents
 
     def configure(self, **settings):
-        """Sets ``simt.h``'s Settings for every module."""
-        for module in self.modules.values():
-            for name, value in settings.items():
-                setattr(module.settings(), name, value)
+        """Sets ``simt.h``'s Settings."""
+        for name, value in settings.items():
+            setattr(self.settings, name, value)
+
+    def filled(self, name, members):
+        """A struct of the headers with all of its members."""
+        struct = self.types[name]
+        assert members.keys() == {member for member, _ in struct._fields_}, name
+        return struct(**members)
+
+    def call(self, direction, element, given, results):
+        """Calls a launcher; ``results`` are a struct's name and members, or an address."""
+        name = "".join(part.title() for part in self.op.split("_"))  # the structs are called so
+        launchers = self.types[f"{name}Kernels"].in_dll(self.library, mangled(element, self.op))
+        launcher = ctypes.c_void_p(getattr(launchers, direction))
+        given = ctypes.byref(self.filled(name, given))
+        results = ctypes.c_void_p(results) if isinstance(results, int) else ctypes.byref(self.filled(*results))
+        if (error := self.library.simt_call(launcher, given, results)) is not None:
+            raise RuntimeError(error.decode())
 
     def prompt_diffusion(self, hidden, *inputs):
         given, _alive = diffusion_arguments(hidden, *inputs)
         output = Guarded(hidden.shape, hidden.dtype)
-        self.modules[ELEMENTS[hidden.dtype]].prompt_diffusion(output.address, **given)
+        self.call("forward", ELEMENTS[hidden.dtype], given, output.address)
         return output.checked()
 
     def prompt_diffusion_backward(self, grad, hidden, source, prompts, keys, log_scale, *options_and_needs):
         *options, needs = options_and_needs
         given, _alive = diffusion_arguments(hidden, source, prompts, keys, log_scale, *options)
         results = gradients_of((source, source, prompts, keys, log_scale), needs)
-        module = self.modules[ELEMENTS[source.dtype]]
-        module.prompt_diffusion_backward(rows(grad), *map(address, results), **given)
-        return tuple(result.checked() if result else None for result in results)
+        gradients = named(("hidden", "source", "prompts", "keys", "log_scale"), results) | {"grad": rows(grad)}
+        self.call("backward", ELEMENTS[source.dtype], given, ("PromptDiffusionGradients", gradients))
+        return checked(results)
 
     def prompt_compress(self, query, visual, *inputs_and_keep):
         *inputs, keep_probabilities, keep_attended = inputs_and_keep
@@ -125,33 +158,43 @@ class Backend:
             Guarded(shape + visual.shape[1:2], torch.float32) if keep_probabilities else None,
             Guarded(shape + visual.shape[2:3], torch.float32) if keep_attended else None,
         )
-        self.modules[ELEMENTS[query.dtype]].prompt_compress(*map(address, results), **given)
-        return tuple(result.checked() if result else None for result in results)
+        members = named(("output", "logsumexp", "probabilities", "attended"), results)
+        self.call("forward", ELEMENTS[query.dtype], given, ("PromptCompressResults", members))
+        return checked(results)
 
     def prompt_compress_backward(self, grad, *inputs_and_kept):
         *inputs, _logsumexp, probabilities, attended, needs = inputs_and_kept
         given, _alive = compress_arguments(*inputs)
         results = gradients_of(inputs[:5], needs)
-        kept = (0 if tensor is None else tensor.data_ptr() for tensor in (probabilities, attended))
-        module = self.modules[ELEMENTS[grad.dtype]]
-        module.prompt_compress_backward(rows(grad), *kept, *map(address, results), **given)
-        return tuple(result.checked() if result else None for result in results)
+        gradients = named(("query", "visual", "key_weight", "value_weight", "value_bias"), results)
+        gradients |= {"grad": rows(grad), "probabilities": data(probabilities), "attended": data(attended)}
+        self.call("backward", ELEMENTS[grad.dtype], given, ("PromptCompressGradients", gradients))
+        return checked(results)
 
     def skip_adapter(self, output, *inputs_and_keep):
         *inputs, keep_hidden = inputs_and_keep
         given, _alive = skip_arguments(*inputs)
         shape = torch.Size([1 if given["route"] else given["adapters"], *output.shape[:2], given["hidden_width"]])
         hidden = Guarded(shape, output.dtype) if keep_hidden else None
-        self.modules[ELEMENTS[output.dtype]].skip_adapter(output.data_ptr(), address(hidden), **given)
+        members = {"output": data(output), "hidden": address(hidden)}
+        self.call("forward", ELEMENTS[output.dtype], given, ("SkipAdapterResults", members))
         return hidden.checked() if keep_hidden else None
 
     def skip_adapter_backward(self, grad, *inputs_and_needs):
         *tensors_and_seed, hidden, norm, activation, residual, eps, dropout_p, needs = inputs_and_needs
         given, _alive = skip_arguments(*tensors_and_seed, norm, activation, residual, eps, dropout_p)
-        results = gradients_of(tensors_and_seed[:9], needs)
-        module, grad = self.modules[ELEMENTS[grad.dtype]], unit_stride(grad)
-        module.skip_adapter_backward(rows(grad), hidden.data_ptr(), list(map(address, results)), **given)
-        return tuple(result.checked() if result else None for result in results)
+        results, grad = gradients_of(tensors_and_seed[:9], needs), unit_stride(grad)
+        gradients = named((*SKIP_MATRICES, "scale", "gates"), results) | {"grad": rows(grad), "hidden": data(hidden)}
+        self.call("backward", ELEMENTS[grad.dtype], given, ("SkipAdapterGradients", gradients))
+        return checked(results)
+
+
+def mangled(*names):
+    """What a variable of csrc/cuda is called in a library."""
+    return f"_ZN{''.join(f'{len(name)}{name}' for name in ('fast_prompt', 'cuda', *names))}E"
+
+
+# ---- Tensors as the structs' members ----
 
 
 class Guarded:
@@ -179,8 +222,22 @@ def gradients_of(tensors, needs):
     ]
 
 
+def checked(results):
+    return tuple(result.checked() if result else None for result in results)
+
+
+def named(names, results):
+    """The results' addresses by their names."""
+    return dict(zip(names, map(address, results), strict=True))
+
+
 def address(result):
+    """Where a result goes; 0 where it is not wanted."""
     return result.address if result else 0
+
+
+def data(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def rows(tensor):
@@ -232,7 +289,7 @@ def compress_arguments(
         "visual": rows(visual),
         "key_weight": rows(key_weight),
         "value_weight": rows(value_weight),
-        "value_bias": 0 if value_bias is None else value_bias.data_ptr(),
+        "value_bias": data(value_bias),
         "float_weights": key_weight.dtype == torch.float32,
         "padding": (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride()),
         **dropout(seed, dropout_p),
@@ -240,38 +297,18 @@ def compress_arguments(
     return given, (query, visual, key_weight, value_weight, value_bias, mask, seed)
 
 
-def skip_arguments(
-    x,
-    down_weight,
-    up_weight,
-    down_bias,
-    up_bias,
-    norm_weight,
-    norm_bias,
-    scale,
-    gates,
-    route,
-    seed,
-    norm,
-    activation,
-    residual,
-    eps,
-    dropout_p,
-):
+SKIP_MATRICES = ("x", "down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "norm_bias")
+SKIP_VECTORS = ("scale", "gates", "route")
+
+
+def skip_arguments(*inputs):
     """csrc/cuda's SkipAdapter, and the tensors that must outlive the call."""
-    experts = 1 if gates is None else gates.shape[1]
-    matrices = {
-        "x": x,
-        "down_weight": down_weight,
-        "up_weight": up_weight,
-        "down_bias": down_bias,
-        "up_bias": up_bias,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-    }
-    matrices = {name: unit_stride(tensor) for name, tensor in matrices.items()}
-    vectors = {"scale": scale, "gates": gates, "route": route}
-    vectors = {name: None if tensor is None else tensor.contiguous() for name, tensor in vectors.items()}
+    tensors, (seed, norm, activation, residual, eps, dropout_p) = inputs[:10], inputs[10:]
+    matrices = dict(zip(SKIP_MATRICES, map(unit_stride, tensors[:7]), strict=True))
+    vectors = (None if tensor is None else tensor.contiguous() for tensor in tensors[7:])
+    vectors = dict(zip(SKIP_VECTORS, vectors, strict=True))
+    x, down_weight, up_weight, *_ = matrices.values()
+    experts = 1 if vectors["gates"] is None else vectors["gates"].shape[1]
     given = {
         "batch": x.shape[0],
         "rows": x.shape[1],
@@ -282,7 +319,7 @@ def skip_arguments(
         "groups": experts * down_weight.shape[1] // up_weight.shape[2],
         **{name: rows(tensor) for name, tensor in matrices.items()},
         "float_weights": down_weight.dtype == torch.float32,
-        **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in vectors.items()},
+        **{name: data(tensor) for name, tensor in vectors.items()},
         "norm": list(NORMS).index(norm),
         "activation": list(ACTIVATIONS).index(activation),
         "residual": list(RESIDUALS).index(residual),

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <stdexcept>
@@ -199,8 +200,14 @@ void run_block() {
       ended += run_warp((settings().reverse ? warps - 1 - i : i) * WARP) == State::ENDED;
   }
   if (ended < warps) report("divergent block: some warps have ended while others wait at a barrier");
-  for (size_t i = 0; i < CANARY_BYTES; ++i)
-    if (shared[block.shared_bytes + i] != POISON) report("shared memory was written beyond its end");
+  static const std::vector<unsigned char> canary(CANARY_BYTES, POISON);
+  if (std::memcmp(shared + block.shared_bytes, canary.data(), CANARY_BYTES) != 0)
+    report("shared memory was written beyond its end");
+}
+
+float round_towards_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafterf(nearest, 0) : nearest;
 }
 
 }  // namespace
@@ -253,6 +260,18 @@ void warp(WarpOperation* perform, void* argument, const char* name) {
 }
 
 void block_barrier() { pause(State::AT_BARRIER); }
+
+void multiply(float* const (&sums)[WARP], const float* left, const float* right, int depth) {
+  for (int m = 0; m < 16; ++m) {
+    double row[8] = {};
+    for (int k = 0; k < depth; ++k)
+      for (int n = 0; n < 8; ++n) row[n] += static_cast<double>(left[m * depth + k]) * right[k * 8 + n];
+    for (int n = 0; n < 8; ++n) {
+      float& sum = sums[m % 8 * 4 + n / 2][m / 8 * 2 + n % 2];
+      sum = round_towards_zero(sum + row[n]);
+    }
+  }
+}
 
 void copy_async(void* target, const void* source, int bytes, int zeros) {
   const Copy copy{target, source, bytes, zeros};

@@ -46,6 +46,10 @@ using WarpOperation = void(void* const (&arguments)[WARP]);
 void warp(WarpOperation* perform, void* argument, const char* name);
 void block_barrier();
 
+// A tensor core's 16 x 8 sums += left [16, depth] * right [depth, 8]; lane l has those of rows l / 4 and l / 4 + 8, and of
+// columns l % 4 * 2 and the next. Exact products, their sum rounded once, towards zero: the tensor cores' are no worse.
+void multiply(float* const (&sums)[WARP], const float* left, const float* right, int depth);
+
 void copy_async(void* target, const void* source, int bytes, int zeros);
 void copy_commit();
 void copy_wait(int pending);

@@ -55,28 +55,16 @@ void load_matrices(uint32_t (&r)[COUNT], const void* row) {
       &load, TRANSPOSED ? "ldmatrix.trans" : "ldmatrix");
 }
 
-// Sums of exact products, rounded once, towards zero: the tensor cores' sums are no worse.
-inline float round_towards_zero(double x) {
-  const float nearest = static_cast<float>(x);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafterf(nearest, 0) : nearest;
-}
-
-template <int DEPTH, class LeftAt, class RightAt>
-void multiply(void* const (&arguments)[simt::WARP], float* (*sums_of)(void*), LeftAt left_at, RightAt right_at) {
-  double left[16][DEPTH], right[DEPTH][8];
+// d += a b, of what the lanes hold in their fragments.
+template <int DEPTH, class SumsOf, class LeftAt, class RightAt>
+void multiply(SumsOf sums_of, LeftAt left_at, RightAt right_at) {
+  float left[16 * DEPTH], right[DEPTH * 8], *sums[simt::WARP];
   for (int m = 0; m < 16; ++m)
-    for (int k = 0; k < DEPTH; ++k) left[m][k] = left_at(m, k);
+    for (int k = 0; k < DEPTH; ++k) left[m * DEPTH + k] = left_at(m, k);
   for (int k = 0; k < DEPTH; ++k)
-    for (int n = 0; n < 8; ++n) right[k][n] = right_at(k, n);
-  for (int m = 0; m < 16; ++m) {
-    double sum[8] = {};
-    for (int k = 0; k < DEPTH; ++k)
-      for (int n = 0; n < 8; ++n) sum[n] += left[m][k] * right[k][n];
-    for (int n = 0; n < 8; ++n) {
-      float& d = sums_of(arguments[m % 8 * 4 + n / 2])[m / 8 * 2 + n % 2];
-      d = round_towards_zero(d + sum[n]);
-    }
-  }
+    for (int n = 0; n < 8; ++n) right[k * 8 + n] = right_at(k, n);
+  for (int lane = 0; lane < simt::WARP; ++lane) sums[lane] = sums_of(lane);
+  simt::multiply(sums, left, right, DEPTH);
 }
 
 template <class T>
@@ -99,7 +87,7 @@ void multiply_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       [](void* const(&arguments)[simt::WARP]) {
         const auto of_lane = [&](int lane) -> const Product& { return *static_cast<const Product*>(arguments[lane]); };
         multiply<16>(
-            arguments, [](void* argument) { return static_cast<Product*>(argument)->d; },
+            [&](int lane) { return of_lane(lane).d; },
             [&](int m, int k) {
               return half_of<T>(of_lane(m % 8 * 4 + k % 8 / 2).a[m / 8 + k / 8 * 2], k % 2);
             },
@@ -138,7 +126,7 @@ inline void multiply_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2
       [](void* const(&arguments)[simt::WARP]) {
         const auto of_lane = [&](int lane) -> const Product& { return *static_cast<const Product*>(arguments[lane]); };
         emulated::multiply<8>(
-            arguments, [](void* argument) { return static_cast<Product*>(argument)->d; },
+            [&](int lane) { return of_lane(lane).d; },
             [&](int m, int k) { return of_lane(m % 8 * 4 + k % 4).a[m / 8 + k / 4 * 2]; },
             [&](int k, int n) { return of_lane(n * 4 + k % 4).b[k / 4]; });
       },
