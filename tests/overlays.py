@@ -1,8 +1,7 @@
 """Other versions of packages for tests that run a process of their own with them: folders to put on its PYTHONPATH.
 
-They are kept in the tests' cache: ``FAST_PROMPT_TEST_CACHE``, else ``fast_prompt`` in ``$XDG_CACHE_HOME`` or
-``~/.cache``. Where pip cannot fetch a package, the test fails, unless ``FAST_PROMPT_TEST_OFFLINE=1`` says that this
-machine has no network: then it is skipped.
+They are kept in the tests' cache (``build_cache.root``). Where pip cannot fetch a package, the test fails, unless
+``FAST_PROMPT_TEST_OFFLINE=1`` says that this machine has no network: then it is skipped.
 """
 
 import fcntl
@@ -14,18 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-
-def cache_folder():
-    """Where tests keep what takes long to make; outside the checkout."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FAST_PROMPT_TEST_CACHE") or home / "fast_prompt")
+from build_cache import root
 
 
 def overlay(*requirements: str) -> Path:
     """A folder with exactly the packages asked for, none of what those depend on; made by the first who asks."""
     name = "+".join(sorted(requirements)) + f"-{sys.implementation.cache_tag}"
-    folder = cache_folder() / "overlays" / name
+    folder = root() / "overlays" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{name}.lock")):
         if not folder.exists():

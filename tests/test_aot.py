@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import aot_compile  # noqa: E402 (imports triton)
 from aot_compile import label  # noqa: E402
-from overlays import cache_folder  # noqa: E402
+from build_cache import root  # noqa: E402
 
 pytestmark = pytest.mark.gate
 
@@ -31,7 +31,7 @@ REFRESH = "run `PYTHONPATH=.:kernels python tests/aot_compile.py --record`"
 def run(*arguments):
     """What the program says of each case; in another process, where Triton compiles and does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton")
+    environment["TRITON_CACHE_DIR"] = str(root() / "triton")
     command = [sys.executable, TESTS / "aot_compile.py", *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert process.returncode == 0, process.stderr

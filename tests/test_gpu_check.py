@@ -16,7 +16,6 @@ from fast_prompt.backends.call import CALLS
 from fast_prompt.bench import prompt_diffusion as diffusion_bench
 from fast_prompt.gpu_check import machine, page, report, runner
 from fast_prompt.gpu_check.__main__ import main as gpu_check_main
-from fast_prompt.gpu_check.outcome import StepError
 from fast_prompt.gpu_check.place import DRY, GPU
 from fast_prompt.gpu_check.steps import Step, steps
 

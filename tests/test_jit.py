@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from overlays import cache_folder, overlay
+from build_cache import root
+from overlays import overlay
 
 triton = pytest.importorskip("triton")
 
@@ -22,7 +23,7 @@ OLDEST = "3.6.0"  # comes with torch 2.11
 @pytest.fixture(scope="module", params=[triton.__version__, OLDEST])
 def compiled(request):
     """What tests/jit_compile.py says, or said of the same sources."""
-    kept = cache_folder() / "jit" / f"{digest(request.param)}.json"
+    kept = root() / "jit" / f"{digest(request.param)}.json"
     if not kept.exists():
         result = compile_with(request.param)
         if result["errors"]:
@@ -49,7 +50,7 @@ def compile_with(version):
     folders = [] if version == triton.__version__ else [str(overlay(f"triton=={version}"))]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*folders, *sys.path])
-    environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton")
+    environment["TRITON_CACHE_DIR"] = str(root() / "triton")
     done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

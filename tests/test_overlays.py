@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from overlays import cache_folder, overlay
+from build_cache import root
+from overlays import overlay
 
 
 @pytest.fixture
@@ -36,6 +37,6 @@ def test_only_a_machine_that_says_so_skips(empty_cache, monkeypatch):
 def test_the_cache_is_outside_the_checkout(monkeypatch):
     monkeypatch.delenv("FAST_PROMPT_TEST_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert str(cache_folder()) == "/elsewhere/fast_prompt"
+    assert str(root()) == "/elsewhere/fast_prompt"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder().parts[-2:] == (".cache", "fast_prompt")
+    assert root().parts[-2:] == (".cache", "fast_prompt")
