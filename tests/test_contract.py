@@ -138,6 +138,24 @@ def test_a_known_block_that_computes_something_else_is_refused(monkeypatch, name
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("config", [APTConfig(num_prompts=2), DASConfig(skipped=[0])], ids=["APT", "DAS"])
+@pytest.mark.parametrize("name", ["vit", "vilt", "clip", "bert", "roberta"])
+def test_a_trial_call_leaves_modes_and_random_numbers_alone(name, config):
+    """Models come in training mode, with dropout, from a config; they are tried in eval mode."""
+    model = make(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.get_submodule(next(path for path, _ in model.named_modules() if path)).eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    config.find_sites(model)
+    drawn = torch.rand(())
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(()))
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_every_known_class_is_as_the_installed_transformers_has_it():
     seen = set()
     for name in {name for name, _ in TRUSTED.values()}:

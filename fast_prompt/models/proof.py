@@ -60,7 +60,8 @@ class Trial:
 def prove(trial: Trial) -> Verdict:
     """Call the attention once, in eval mode, on three random tokens, and look at what its projections read and give."""
     try:
-        return _judge(trial)
+        with _in_eval(trial.attention):
+            return _judge(trial)
     except Exception as error:  # noqa: BLE001 (what a foreign module raises when it is called like that is anybody's guess)
         return _not_called(error)
 
@@ -92,7 +93,7 @@ def _judge(trial: Trial) -> Verdict:
     x = _tokens(weight, _input_width(trial.query), 0)
     memory = _tokens(weight, _input_width(trial.memory[0] if trial.memory else trial.query), 1)
     watched = [trial.query, *trial.memory, trial.output, *([trial.host] if trial.host else [])]
-    with _in_eval(trial.attention), _recorded(watched) as calls:
+    with _recorded(watched) as calls:
         result = trial.attention(**_arguments(trial, x, memory))
     unseen = [module for module in watched if module not in calls]
     if unseen:
