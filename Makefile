@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 TOOLS := $(VENV)/.tools-stamp
 STAMP := $(VENV)/.setup-stamp
 # One thread a worker: torch's own threads would only fight over the cores. Tests of threading ask for theirs.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup native demo test test-fast test-compat check bench wheel constraints gpu-check docs clean
 

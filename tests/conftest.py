@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
 from fast_prompt.backends import cpu  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Gates first: they take minutes each, and what is short fills up the time at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("gate") is None)
+
+
 @pytest.fixture
 def poisoned_memory():
     """Every torch.empty, and the C++ kernels' own scratch, starts as NaN."""
