@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SECONDS_KEPT = 30 * 24 * 3600
-OBJECTS = (".o", ".a", ".so")
+OBJECTS = (".o", ".a", ".so", ".cubin")
 INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*[<\"]([^>\"]+)[>\"]", re.MULTILINE)
 
 

@@ -58,6 +58,13 @@ def test_what_fails_leaves_nothing_behind(cache, tmp_path):
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
+def test_what_changes_meanwhile_is_not_kept(cache, tmp_path):
+    source, headers = checkout(tmp_path / "a")
+    with pytest.raises(build_cache.CompilationError, match="changed while"):
+        compile_there(source, headers, f"echo changed > {headers}/two.h")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
 def test_one_of_many_at_once_compiles(cache, tmp_path):
     source, headers = checkout(tmp_path / "a")
     with ThreadPoolExecutor(8) as pool:

@@ -68,6 +68,7 @@ def test_every_op_has_its_homes():
             f"fast_prompt/ops/{op}.py",
             f"csrc/cpu/{op}.cpp",
             f"csrc/cuda/{op}.cu",
+            f"csrc/cuda/{op}_backward.cu",
             f"kernels/fast_prompt_kernels/{op}.py",
         ):
             assert (ROOT / home).exists(), f"{op} has no {home}"

@@ -1,12 +1,16 @@
 """What nvcc makes of the CUDA kernels for chips that need not be here: no spills, within budget, on tensor cores.
 
-The budgets are in tests/kernel_budgets.json, under each op's ``cuda``; those of shared memory are checked by
-tests/test_simt.py, since only a launch tells it. A new op is picked up from ``build_native.CUDA_KERNELS``; it gets a
-section of budgets, and a line in ``HELPERS``.
+The gate compiles device code alone, one file for each direction of an op, type and chip, and keeps it by content
+(tests/build_cache.py). The budgets are in tests/kernel_budgets.json, under each op's ``cuda``; those of shared memory
+are checked by tests/test_simt.py, since only a launch tells it. A new op is picked up from
+``build_native.CUDA_KERNELS``; it gets a section of budgets, and a line in ``HELPERS``.
 """
 
+import functools
 import importlib.util
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,16 +21,22 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent))
+HEADERS = TESTS.parent / "csrc" / "cuda"
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+import build_cache  # noqa: E402 (lies beside the tests)
+
 import build_native  # noqa: E402 (lives beside setup.py, outside the package)
 
 CUDA = build_native.find_cuda()
 pytestmark = [
     pytest.mark.skipif(isinstance(CUDA, str), reason=f"the CUDA kernels cannot be compiled here: {CUDA}"),
     pytest.mark.xdist_group("nvcc"),
+    pytest.mark.gate,
 ]
 
-SOURCES = {Path(source).stem: source for source in build_native.CUDA_KERNELS}  # by op
+SOURCES = {}  # by op: a file for each direction
+for source in build_native.CUDA_KERNELS:
+    SOURCES.setdefault(Path(source).stem.removesuffix("_backward"), []).append(TESTS.parent / source)
 BUDGETS = json.loads((TESTS / "kernel_budgets.json").read_text())
 # By op: kernels that multiply nothing, and so need no tensor cores.
 HELPERS = {
@@ -45,20 +55,21 @@ HELPERS = {
 }
 CHIPS = [f"sm_{chip}" for chip in build_native.CUDA_CHIPS]
 ELEMENTS = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
-ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 def layouts(op):
-    """The names that an op's source gives to ``Layout<...>`` and ``WeightLayout<T, ...>``, by its numbers."""
-    text = (TESTS.parent / SOURCES[op]).read_text()
+    """The names that an op's files give to ``Layout<...>`` and ``WeightLayout<T, ...>``, by its numbers."""
+    text = "".join(path.read_text() for path in sorted(HEADERS.glob(f"{op}*")))
     return {numbers: name for name, numbers in re.findall(r"using (\w+) = \w*Layout<(?:T, )?([\d, ]+)>", text)}
 
 
 LAYOUTS = {op: layouts(op) for op in SOURCES}
 
 
+@functools.cache
 def short_name(op, symbol):
     """``forward_kernel Wide64 bf16`` of a mangled name."""
     name = subprocess.run(["c++filt", symbol], text=True, capture_output=True, check=True).stdout
@@ -69,27 +80,38 @@ def short_name(op, symbol):
     return " ".join([kernel, *([LAYOUTS[op][layout[1]]] if layout else []), element])
 
 
+def compiled(source, element, chip):
+    """The folder with ``kernels.cubin``, and in ``log`` what ptxas says of it."""
+    flags = f"{build_native.CUDA_FLAGS} -cubin -arch={chip} -I{HEADERS} -DFAST_PROMPT_ELEMENT={element}".split()
+    return build_cache.cached([CUDA.nvcc, *flags, str(source), "-o", "kernels.cubin"], [source], [HEADERS])
+
+
+def in_parallel(function, *arguments):
+    """Two at a time; one where another worker has tests to run."""
+    with ThreadPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else 2) as pool:
+        return list(pool.map(function, *arguments))
+
+
 @pytest.fixture(scope="module")
 def objects():
-    """By op: its compiled files, one an element type, brought up to date by the library's own build."""
-    names = {
-        op: [build_native.cuda_object(source, element) for element in build_native.CUDA_ELEMENTS]
-        for op, source in SOURCES.items()
-    }
-    build_native.run_ninja(build_native.find_toolchain(), *(name for group in names.values() for name in group))
-    return {op: [build_native.BUILD_DIR / name for name in group] for op, group in names.items()}
+    """By op: chip and folder of its compiled files."""
+    chips = [chip for chip in CHIPS if chip.removeprefix("sm_") in CUDA.chips]
+    found = {}
+    for op, sources in SOURCES.items():
+        tasks = list(itertools.product(sources, build_native.CUDA_ELEMENTS, chips))
+        folders = in_parallel(lambda task: compiled(*task), tasks)
+        found[op] = [(chip, folder) for (_, _, chip), folder in zip(tasks, folders, strict=True)]
+    return found
 
 
 @pytest.fixture(scope="module")
 def usage(objects):
     """By op, chip and kernel: registers a thread, bytes of stack and spills."""
     found = {op: {chip: {} for chip in CHIPS} for op in objects}
-    for op, path in ((op, path) for op, paths in objects.items() for path in paths):
-        log = path.with_name(path.name + ".log").read_text()
-        for part in log.split("ptxas info    : Compiling entry")[1:]:
-            symbol, chip = ENTRY.search("Compiling entry" + part).groups()
+    for op, chip, folder in ((op, *file) for op, files in objects.items() for file in files):
+        for part in (folder / "log").read_text().split("ptxas info    : Compiling entry")[1:]:
+            name = short_name(op, ENTRY.search("Compiling entry" + part)[1])
             spilled = sum(map(int, SPILLS.search(part).groups()))
-            name = short_name(op, symbol)
             before = found[op][chip].get(name, {"registers": 0, "spilled": 0})  # a helper kernel is in several files
             found[op][chip][name] = {
                 "registers": max(before["registers"], int(REGISTERS.search(part)[1])),
@@ -130,6 +152,12 @@ def disassembler():
     return str(bundled) if bundled and bundled.exists() else None
 
 
+def marked_lines(program, cubin):
+    """Of a disassembly the lines that are counted, a hundredth of it."""
+    script = f"{program} -sass {cubin} | grep -E 'Function :|HMMA|LDGSTS|LDSM|LDL|STL'"
+    return (build_cache.cached(["bash", "-c", f"set -o pipefail; {script}"], [cubin]) / "log").read_text()
+
+
 @pytest.fixture(scope="module")
 def instructions(objects):
     """By op, chip and kernel: how often each kind of instruction stands in its machine code."""
@@ -137,15 +165,11 @@ def instructions(objects):
     if program is None:
         pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
     found = {op: {chip: {} for chip in CHIPS} for op in objects}
-    files = [(op, path) for op, paths in objects.items() for path in paths]
-    with ThreadPoolExecutor(2) as pool:
-        listings = pool.map(lambda file: subprocess.check_output([program, "-sass", str(file[1])], text=True), files)
-    for (op, _), code in zip(files, listings, strict=True):
-        chip = counts = None
-        for new_chip, function, instruction in MARKS.findall(code):
-            if new_chip:
-                chip = new_chip
-            elif function:
+    files = [(op, *file) for op, files in objects.items() for file in files]
+    listings = in_parallel(lambda file: marked_lines(program, file[2] / "kernels.cubin"), files)
+    for (op, chip, _), code in zip(files, listings, strict=True):
+        for function, instruction in MARKS.findall(code):
+            if function:
                 counts = found[op][chip][short_name(op, function)] = dict.fromkeys(WATCHED, 0)
             else:
                 for kind, pattern in WATCHED.items():
@@ -153,7 +177,7 @@ def instructions(objects):
     return found
 
 
-MARKS = re.compile(r"code for (sm_\d+)|Function : (\w+)|\b((?:HMMA|LDGSTS|LDSM|LDL|STL)\b[.\w]*)")
+MARKS = re.compile(r"Function : (\w+)|\b((?:HMMA|LDGSTS|LDSM|LDL|STL)\b[.\w]*)")
 WATCHED = {
     "tensor cores": re.compile(r"HMMA\.(16816|1688)\.F32"),
     "16-byte async copies": re.compile(r"LDGSTS\.[.\w]*\b128"),

@@ -316,11 +316,7 @@ PLANTED = {
         "    float score = 0;",
     ),
     "removed_wait_for_a_slice": (TOKENS, "    ptx::copy_wait<L::STAGES - 2>();\n", ""),
-    "padding_that_is_read": (
-        TOKENS,
-        "          if (count > 0 && is_padding(pass, share.sample, token + row)) count = 0;\n",
-        "",
-    ),
+    "padding_that_is_read": (TOKENS, "is_padding(pass, share.sample, token + row)", "token + row < 0"),
     "sums_that_keep_an_old_shift": (TOKENS, "first *= decay;", "first *= 1;"),
     "forgotten_split": (ROWS, "    weighted += expf", "    if (split + 1 < all.splits) weighted += expf"),
 }

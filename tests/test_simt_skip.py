@@ -175,7 +175,7 @@ PLANTED = {
         "    __syncthreads();  // the tile before has no more use for its operand and statistics\n",
         "",
     ),
-    "weights_of_the_group_before": (ROWS, "        if (first_column + row < group * group_width) count = 0;\n", ""),
+    "weights_of_the_group_before": (ROWS, "first_column + row < group * group_width", "first_column + row < 0"),
     "kept_samples_that_are_counted": (WEIGHTS, "all->route[step / steps_per_sample] != adapter", "false"),
     "forgotten_split": (
         WEIGHTS,

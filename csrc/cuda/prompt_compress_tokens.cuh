@@ -142,12 +142,10 @@ class TokenSlices {
 
   // Zeros in place of padding, whose contents must not matter.
   __device__ void load(T* stage, int first_column) {
-    for_each_piece<T, TILE, L::SLICE, 32>(
-        lane, token, share.end, first_column, pass.width, [&](int row, int column, int count) {
-          if (count > 0 && is_padding(pass, share.sample, token + row)) count = 0;
-          const T* source = tokens + (count > 0 ? (token + row) * pass.token_stride + first_column + column : 0);
-          load_piece(stage + row * L::template PITCH<T> + column, source, count, pass.aligned);
-        });
+    load_tile<TILE, L::SLICE, 32>(
+        stage, L::template PITCH<T>, Matrix<T>{tokens, UNBROKEN, 0, pass.token_stride}, token, share.end, first_column,
+        pass.width, pass.aligned, lane,
+        [&](int row) { return is_padding(pass, share.sample, token + row); });
   }
 };
 

@@ -86,8 +86,9 @@ class BackwardTiles {
       if (rows)
         load_tile<L::ROWS, CHUNK<T>, L::THREADS>(upper, PITCH<T>, *rows, first_row, problem.rows, chunk * CHUNK<T>,
                                                  problem.width, problem.aligned);
-      load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(lower, PITCH<T>, *weights, block * L::COLUMNS, problem.num_prompts,
-                                                  chunk * CHUNK<T>, problem.width, problem.aligned);
+      load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(lower, PITCH<T>, unbroken(*weights), block * L::COLUMNS,
+                                                  problem.num_prompts, chunk * CHUNK<T>, problem.width,
+                                                  problem.aligned);
       if (++step == tile_steps) {
         step = 0;
         row_tile += gridDim.x;
@@ -103,12 +104,13 @@ template <class T, class L>
 __device__ inline float pass_grad_on(const Problem<T>& problem, const RowGradients<T>& gradients, const T* tile,
                                      int64_t first_row, int chunk, float scale) {
   float overlap = 0;
-  for_each_piece<T, L::ROWS, CHUNK<T>, L::THREADS>(
+  const RowsFrom<T> hidden_rows(problem.hidden, first_row);
+  for_each_piece<T, L::ROWS, CHUNK<T>, L::THREADS, 1>(
       threadIdx.x, first_row, problem.rows, chunk * CHUNK<T>, problem.width, [&](int row, int column, int count) {
         if (count == 0) return;
         const int64_t global_row = first_row + row, global_column = chunk * CHUNK<T> + column;
         const T* grad = tile + row * PITCH<T> + column;
-        const T* hidden = problem.hidden.data + problem.hidden.offset(global_row) + global_column;
+        const T* hidden = hidden_rows[row] + global_column;
         T* result = gradients.hidden + global_row * problem.width + global_column;
         if (problem.aligned && count == PADDING<T>) {
           const Piece<T> g = *reinterpret_cast<const Piece<T>*>(grad);
@@ -379,8 +381,8 @@ __global__ void __launch_bounds__(L::THREADS, 2)
     if (next_row < end) {
       T* coefficients = stages + free_stage * L::STAGE;
       T* activations = coefficients + SPLIT_STEP * L::COEFFICIENT_PITCH;
-      load_tile<SPLIT_STEP, L::PROMPTS, L::THREADS>(coefficients, L::COEFFICIENT_PITCH, task.coefficients, next_row,
-                                                    end, first_prompt, all.num_prompts, true);
+      load_tile<SPLIT_STEP, L::PROMPTS, L::THREADS>(coefficients, L::COEFFICIENT_PITCH, unbroken(task.coefficients),
+                                                    next_row, end, first_prompt, all.num_prompts, true);
       load_tile<SPLIT_STEP, CHUNK<T>, L::THREADS>(activations, PITCH<T>, task.activations, next_row, end, first_column,
                                                   all.width, all.aligned);
       next_row += SPLIT_STEP;

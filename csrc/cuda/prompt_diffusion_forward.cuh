@@ -49,8 +49,9 @@ class ForwardTiles {
       if (scoring || block == blocks - 1)
         load_tile<L::ROWS, CHUNK<T>, L::THREADS>(upper, PITCH<T>, scoring ? problem.source : problem.hidden, first_row,
                                                  problem.rows, chunk * CHUNK<T>, problem.width, problem.aligned);
-      load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(lower, PITCH<T>, weights, block * L::COLUMNS, problem.num_prompts,
-                                                  chunk * CHUNK<T>, problem.width, problem.aligned);
+      load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(lower, PITCH<T>, unbroken(weights), block * L::COLUMNS,
+                                                  problem.num_prompts, chunk * CHUNK<T>, problem.width,
+                                                  problem.aligned);
       if (++step == 2 * blocks * chunks) {
         step = 0;
         row_tile += gridDim.x;

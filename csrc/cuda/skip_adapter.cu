@@ -61,6 +61,7 @@ template <class L>
 constexpr Choice<RowResults<T>> FORWARD = {L::ROWS,       L::RESIDENT, L::BLOCKS,
                                            L::THREADS,    L::ROW_WARPS, forward_shared_bytes<T, L>,
                                            forward_kernel<T, L>};
+
 // The taller one needs more registers in float32 than there are.
 using Resident = std::conditional_t<sizeof(T) == 2, Resident96, Resident64>;
 
@@ -81,6 +82,7 @@ SkipAdapterCall::SkipAdapterCall(const SkipAdapter& given, const Runtime& runtim
   problem.hidden_width = static_cast<int>(given.hidden_width);
   problem.experts = static_cast<int>(given.experts);
   problem.groups = static_cast<int>(given.groups);
+  problem.group_width = problem.width / problem.groups;
   problem.expert_width = problem.hidden_width / problem.groups;
   problem.adapters = given.route ? 1 : static_cast<int>(given.adapters);
   problem.scale = given.scale;
@@ -93,12 +95,12 @@ SkipAdapterCall::SkipAdapterCall(const SkipAdapter& given, const Runtime& runtim
   problem.eps = given.eps;
   problem.dropout_threshold = given.dropout_threshold;
   problem.kept_scale = given.kept_scale;
-  problem.down_weight = parameters(given.down_weight, given.adapters * given.hidden_width, given.width);
-  problem.up_weight = parameters(given.up_weight, given.adapters * given.width, problem.up_depth());
-  problem.down_bias = parameters(given.down_bias, given.adapters, given.hidden_width);
-  problem.up_bias = parameters(given.up_bias, given.gates ? given.experts : given.adapters, given.width);
-  problem.norm_weight = parameters(given.norm_weight, given.adapters, given.width);
-  problem.norm_bias = parameters(given.norm_bias, given.adapters, given.width);
+  problem.down_weight = parameters(given.down_weight, given.adapters, given.hidden_width, given.width);
+  problem.up_weight = parameters(given.up_weight, given.adapters, given.width, problem.up_depth());
+  problem.down_bias = parameters(given.down_bias, 1, given.adapters, given.hidden_width);
+  problem.up_bias = parameters(given.up_bias, 1, given.gates ? given.experts : given.adapters, given.width);
+  problem.norm_weight = parameters(given.norm_weight, 1, given.adapters, given.width);
+  problem.norm_bias = parameters(given.norm_bias, 1, given.adapters, given.width);
   problem.aligned = given.width * sizeof(T) % PIECE_BYTES == 0 && is_aligned(problem.down_weight) &&
                     is_aligned(problem.up_weight) && is_aligned(problem.norm_weight) && is_aligned(problem.norm_bias);
   samples = problem.rows / problem.sample_rows;
@@ -106,12 +108,18 @@ SkipAdapterCall::SkipAdapterCall(const SkipAdapter& given, const Runtime& runtim
 }
 
 // float32 beside half activations is rounded first.
-Matrix<T> SkipAdapterCall::parameters(const Rows& given_rows, int64_t rows, int64_t width) {
-  if (!given_rows.data || !given.float_weights || std::is_same<T, float>::value) return matrix<T>(given_rows);
-  T* const rounded = scratch<T>(rows * width);
-  launches.add(round_parameters_kernel, blocks_of(rows * width, ROUNDING_THREADS), ROUNDING_THREADS, 0,
-               matrix<float>(given_rows), rows * width, width, rounded);
-  return contiguous<T>(rounded, rows, width);
+Matrix<T> SkipAdapterCall::parameters(const Rows& given_rows, int64_t count, int64_t rows, int64_t width) {
+  Matrix<T> found = matrix<T>(given_rows);
+  if (found.data && given.float_weights && !std::is_same<T, float>::value) {
+    const int64_t elements = count * rows * width;
+    T* const rounded = scratch<T>(elements);
+    launches.add(round_parameters_kernel, blocks_of(elements, ROUNDING_THREADS), ROUNDING_THREADS, 0,
+                 matrix<float>(given_rows), elements, width, rounded);
+    found = contiguous<T>(rounded, count * rows, width);
+  }
+  if (found.rows_per_batch != rows) found.batch_stride = rows * found.row_stride;
+  found.rows_per_batch = rows;
+  return found;
 }
 
 const Choice<RowResults<T>>* SkipAdapterCall::choose_forward(const Problem<T>& pass) const {

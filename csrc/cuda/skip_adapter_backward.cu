@@ -18,7 +18,6 @@ constexpr Choice<RowGradients<T>> BACKWARD = {L::ROWS,       L::RESIDENT, L::BLO
 
 constexpr Choice<RowGradients<T>> BACKWARDS[] = {BACKWARD<Streamed64>, BACKWARD<Streamed16>};
 
-
 using Deep96 = WeightLayout<T, 3, 2, 2>;
 using Deep32 = WeightLayout<T, 1, 4, 2>;
 
@@ -175,7 +174,7 @@ class Backward : SkipAdapterCall {
     all.rows = pass.rows;
     all.sample_rows = pass.sample_rows;
     all.width = pass.width;
-    const int group_width = pass.width / pass.groups;
+    const int group_width = pass.group_width;
     if (rows.up_operand)
       all.wanted[all.tasks++] = {contiguous<T>(rows.up_operand, pass.rows, rows.up_pitch), rows.derivative, nullptr,
                                  pass.groups, pass.up_depth(), group_pitch(pass.up_depth()), group_width,

@@ -43,29 +43,24 @@ struct UpColumns {
 // The chunks that have columns of a group.
 template <class T>
 __device__ inline int begin_chunk(const Problem<T>& problem, int group) {
-  return group * (problem.width / problem.groups) / CHUNK<T>;
+  return group * problem.group_width / CHUNK<T>;
 }
 template <class T>
 __device__ inline int end_chunk(const Problem<T>& problem, int group) {
-  return static_cast<int>(ceil_div((group + 1) * (problem.width / problem.groups), CHUNK<T>));
+  return static_cast<int>(ceil_div((group + 1) * problem.group_width, CHUNK<T>));
 }
 
 // [CHUNK, COLUMNS] of the up weight; zeros for rows of other groups and columns of other experts.
 template <class T, class L>
 __device__ inline void load_expert(T* tile, const Problem<T>& problem, int adapter, int chunk,
                                    const UpColumns& columns) {
-  const int group_width = problem.width / problem.groups, first_row = chunk * CHUNK<T>;
+  const int group_width = problem.group_width, first_row = chunk * CHUNK<T>;
   const int expert_column = columns.expert * problem.expert_width;
   const bool aligned = problem.aligned && expert_column % PADDING<T> == 0;
-  for_each_piece<T, CHUNK<T>, L::COLUMNS, L::THREADS>(
-      threadIdx.x, first_row, (columns.group + 1) * group_width, columns.first, problem.expert_width,
-      [&](int row, int column, int count) {
-        if (first_row + row < columns.group * group_width) count = 0;
-        const int64_t weight_row = int64_t{adapter} * problem.width + first_row + row;
-        const int64_t offset =
-            count > 0 ? problem.up_weight.offset(weight_row) + expert_column + columns.first + column : 0;
-        load_piece(tile + row * L::template WIDE_PITCH<T> + column, problem.up_weight.data + offset, count, aligned);
-      });
+  load_tile<CHUNK<T>, L::COLUMNS, L::THREADS>(
+      tile, L::template WIDE_PITCH<T>, problem.weight(problem.up_weight, adapter), first_row,
+      (columns.group + 1) * group_width, expert_column + columns.first, expert_column + problem.expert_width, aligned,
+      threadIdx.x, [&](int row) { return first_row + row < columns.group * group_width; });
 }
 
 // Loads, for each row tile, for each group's hidden columns, block by block and expert by expert, the group's chunks of
@@ -86,22 +81,18 @@ class BackwardLoader {
 
   __device__ void load(T* stage) {
     if (!tile.exists()) return;
-    T* const rows = stage + L::template WEIGHTS<T> + L::template NORMS<T>;
+    T* const norms = stage + L::template WEIGHTS<T>;
+    T* const rows = norms + L::template NORMS<T>;
+    const bool last = !up && block == L::blocks(problem.hidden_width) - 1, normed = last && problem.normed_before();
+    if (up || normed) load_rows<T, L>(rows, problem, up ? gradients.derivative : problem.x, tile, chunk);
+    if (normed) load_norm<T, L>(norms, problem, tile.adapter, chunk);
+    if (last) load_rows<T, L>(rows + L::template TILE<T>, problem, gradients.grad, tile, chunk);
     if (up) {
       load_expert<T, L>(stage, problem, tile.adapter, chunk, columns);
-      load_rows<T, L>(rows, problem, gradients.derivative, tile, chunk);
       advance_up();
     } else {
       load_down_weight<T, L>(stage, problem, tile.adapter, block, chunk);
-      if (++block == L::blocks(problem.hidden_width)) {
-        if (problem.normed_before()) {
-          load_norm<T, L>(stage + L::template WEIGHTS<T>, problem, tile.adapter, chunk);
-          load_rows<T, L>(rows, problem, problem.x, tile, chunk);
-        }
-        load_rows<T, L>(rows + L::template TILE<T>, problem, gradients.grad, tile, chunk);
-        block = 0;
-        if (++chunk == problem.chunks()) restart();
-      }
+      advance_down();
     }
   }
 
@@ -110,6 +101,12 @@ class BackwardLoader {
     up = true;
     chunk = 0;
     tile.advance();
+  }
+
+  __device__ void advance_down() {
+    if (++block < L::blocks(problem.hidden_width)) return;
+    block = 0;
+    if (++chunk == problem.chunks()) restart();
   }
 
   __device__ void advance_up() {

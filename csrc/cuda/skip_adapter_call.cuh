@@ -80,7 +80,8 @@ class SkipAdapterCall {
     return blocks_of(tiles, ceil_div(tiles, int64_t{blocks} * device.multiprocessors));
   }
 
-  Matrix<T> parameters(const Rows& given_rows, int64_t rows, int64_t width);
+  // `count` matrices [rows, width], a batch.
+  Matrix<T> parameters(const Rows& given_rows, int64_t count, int64_t rows, int64_t width);
 
   // The forward kernel for a pass; null if the device has too little shared memory.
   const Choice<RowResults<T>>* choose_forward(const Problem<T>& pass) const;

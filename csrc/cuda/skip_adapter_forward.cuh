@@ -39,17 +39,17 @@ class ForwardLoader {
 
   __device__ void load(T* stage) {
     if (!tile.exists()) return;
-    T* const rows = stage + L::template WEIGHTS<T> + L::template NORMS<T>;
+    T* const norms = stage + L::template WEIGHTS<T>;
     const int adapter = tile.adapter + turn;
+    const bool last = block == up_blocks - 1 && group == problem.last_group(chunk);
+    if (!L::RESIDENT && (pass == 0 || last))
+      load_rows<T, L>(norms + L::template NORMS<T>, problem, problem.x, tile, chunk);
     if (pass == 0) {
       load_down_weight<T, L>(stage, problem, adapter, block, chunk);
-      if (problem.normed_before()) load_norm<T, L>(stage + L::template WEIGHTS<T>, problem, adapter, chunk);
-      if (!L::RESIDENT) load_rows<T, L>(rows, problem, problem.x, tile, chunk);
+      if (problem.normed_before()) load_norm<T, L>(norms, problem, adapter, chunk);
       advance_down();
     } else {
       load_up_weight<T, L>(stage, problem, adapter, chunk, group, block);
-      const bool last = block == up_blocks - 1 && group == problem.last_group(chunk);
-      if (!L::RESIDENT && last) load_rows<T, L>(rows, problem, problem.x, tile, chunk);
       advance_up();
     }
   }
@@ -120,14 +120,10 @@ struct ForwardBlock {
 template <class T, class L>
 __device__ inline void load_own_rows(const ForwardBlock<T, L>& block, const RowTile<T, L>& tile, int chunk) {
   const Problem<T>& problem = block.problem;
-  const int64_t first_row = tile.first_row + block.place.first_row;
-  const int first_column = chunk * CHUNK<T> + block.warp_column();
-  T* const target = block.rows(nullptr, chunk) + block.warp_offset();
-  for_each_piece<T, L::M * 16, L::template WARP_CHUNK<T>, 32>(
-      block.place.lane, first_row, tile.end_row, first_column, problem.width, [&](int row, int column, int count) {
-        const int64_t offset = count > 0 ? problem.x.offset(first_row + row) + first_column + column : 0;
-        load_piece(target + row * PITCH<T> + column, problem.x.data + offset, count, problem.aligned);
-      });
+  load_tile<L::M * 16, L::template WARP_CHUNK<T>, 32>(
+      block.rows(nullptr, chunk) + block.warp_offset(), PITCH<T>, problem.x, tile.first_row + block.place.first_row,
+      tile.end_row, chunk * CHUNK<T> + block.warp_column(), problem.width, problem.aligned, block.place.lane,
+      [](int) { return false; });
 }
 
 // Statistics of the tile's rows, four rows a warp at a time; a barrier must follow.
@@ -135,6 +131,7 @@ template <class T, class L>
 __device__ inline void measure_rows(const ForwardBlock<T, L>& block, const RowTile<T, L>& tile) {
   const Problem<T>& problem = block.problem;
   const int piece = threadIdx.x % 8 * PADDING<T>;
+#pragma unroll 1
   for (int row = threadIdx.x / 8; row < L::ROWS; row += L::THREADS / 8) {
     const int64_t global_row = tile.first_row + row;
     const bool inside = global_row < tile.end_row;
@@ -191,11 +188,12 @@ __device__ inline void write_hidden(const ForwardBlock<T, L>& block, int adapter
                                     const Sums<L::M, L::N>& sums) {
   const Problem<T>& problem = block.problem;
   const int end_column = block.operand_columns();
+  const T* const down_bias = problem.vector(problem.down_bias, adapter);
 #pragma unroll
   for (int i = 0; i < 2 * L::N; ++i) {
     const int column = first_column + block.place.first_column + i / 2 * 8 + block.place.pair * 2 + i % 2;
     if (column >= end_column) continue;
-    const float bias = column < problem.hidden_width ? problem.at(problem.down_bias, adapter, column) : 0;
+    const float bias = down_bias && column < problem.hidden_width ? to_float(down_bias[column]) : 0;
     T* const target = block.operand + operand_column(problem, column);
 #pragma unroll
     for (int slot = 0; slot < L::SLOTS; ++slot)
@@ -232,15 +230,21 @@ __device__ inline void finish_hidden(const ForwardBlock<T, L>& block, const RowT
 
 // ---- The up projection ----
 
-// The bias of a result column; with gates the experts' by their gates.
-template <class T>
-__device__ inline float up_bias(const Problem<T>& problem, int adapter, int64_t sample, int column) {
-  if (!problem.up_bias.data || column >= problem.width) return 0;
-  if (!problem.gates) return problem.at(problem.up_bias, adapter, column);
-  float bias = 0;
-  for (int expert = 0; expert < problem.experts; ++expert)
-    bias += problem.gates[sample * problem.experts + expert] * problem.at(problem.up_bias, expert, column);
-  return bias;
+// Adds the bias of a thread's columns of the result; with gates the experts' by their gates.
+template <class T, int N>
+__device__ inline void add_up_bias(const Problem<T>& problem, int adapter, int64_t sample, int first_column,
+                                   float (&bias)[2 * N]) {
+  if (!problem.up_bias.data) return;
+#pragma unroll 1
+  for (int expert = 0; expert < problem.experts; ++expert) {
+    const float gate = problem.gates ? problem.gates[sample * problem.experts + expert] : 1;
+    const T* const vector = problem.vector(problem.up_bias, problem.gates ? expert : adapter);
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      const int column = first_column + i / 2 * 8 + i % 2;
+      if (column < problem.width) bias[i] += gate * to_float(vector[column]);
+    }
+  }
 }
 
 // v = s (W_u t + b_u) for the warp's part of a chunk; returns the stage of the chunk's last step.
@@ -249,7 +253,7 @@ __device__ inline T* up_product(const ForwardBlock<T, L>& block, Weights& weight
                                 int adapter, int chunk, Sums<L::M, L::template WARP_CHUNK<T> / 8>& sums) {
   const Problem<T>& problem = block.problem;
   const Place<L>& place = block.place;
-  constexpr int WIDE_PITCH = L::template WIDE_PITCH<T>;
+  constexpr int WIDE_PITCH = L::template WIDE_PITCH<T>, N = L::template WARP_CHUNK<T> / 8;
   T* stage = nullptr;
   for (int group = problem.first_group(chunk); group <= problem.last_group(chunk); ++group)
     for (int depth_block = 0; depth_block < L::blocks(problem.up_depth()); ++depth_block) {
@@ -261,19 +265,23 @@ __device__ inline T* up_product(const ForwardBlock<T, L>& block, Weights& weight
                        depth_of<L>(depth_block, problem.up_depth()), place.lane);
     }
   const float scale = problem.scale_of(adapter);
-#pragma unroll
-  for (int n = 0; n < L::template WARP_CHUNK<T> / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column = chunk * CHUNK<T> + block.warp_column() + n * 8 + place.pair * 2 + i;
-      const float bias = up_bias(problem, adapter, tile.sample, column);
-#pragma unroll
-      for (int m = 0; m < L::M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          sums.at[m][n][2 * half + i] = scale * (sums.at[m][n][2 * half + i] + bias);
-    }
+  float bias[2 * N] = {};
+  add_up_bias<T, N>(problem, adapter, tile.sample, chunk * CHUNK<T> + block.warp_column() + place.pair * 2, bias);
+  for_each_pair(sums, 0, [&](float& first, float& second, int, int column) {  // of pair 0: its n-th are 2 n, 2 n + 1
+    first = scale * (first + bias[column / 4]);
+    second = scale * (second + bias[column / 4 + 1]);
+  });
   return stage;
+}
+
+// A thread's columns of a chunk of one of the norm's vectors; zeros beyond the row, and for null.
+template <int N, class T>
+__device__ inline void read_columns(const T* vector, int first_column, int width, float (&values)[2 * N]) {
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) {
+    const int column = first_column + i / 2 * 8 + i % 2;
+    values[i] = vector && column < width ? to_float(vector[column]) : 0;
+  }
 }
 
 // What the rows' norm after the adapter is known to be of; for `derive` also the sums of weight * gradient, and of that
@@ -281,31 +289,31 @@ __device__ inline T* up_product(const ForwardBlock<T, L>& block, Weights& weight
 template <class L>
 struct NormAfter {
   Moments of[L::SLOTS];
-  float slope[L::SLOTS] = {}, moment[L::SLOTS] = {};
-  RowNorm norm[L::SLOTS];
+  float slope[L::SLOTS] = {}, moment[L::SLOTS] = {}, rstd[L::SLOTS] = {};
 
-  // Adds the warp's part of a chunk of v. at(slot, column) is weight * gradient there.
+  __device__ RowNorm norm(int slot) const { return {of[slot].mean, rstd[slot]}; }
+
+  // Adds the warp's part of a chunk of v. at(slot, i) is weight * gradient in a thread's i-th column of it.
   template <int N, class At>
-  __device__ void remember(Sums<L::M, N>& v, int pair, int columns_left, At at) {
+  __device__ void remember(const Sums<L::M, N>& v, int pair, int columns_left, At at) {
 #pragma unroll
     for (int slot = 0; slot < L::SLOTS; ++slot) {
       Moments chunk;
       const auto for_each = [&](auto body) {
 #pragma unroll
-        for (int i = 0; i < 2 * N; ++i) {
-          const int column = i / 2 * 8 + pair * 2 + i % 2;
-          if (column < columns_left) body(v.at[slot / 2][i / 2][slot % 2 * 2 + i % 2], column);
-        }
+        for (int i = 0; i < 2 * N; ++i)
+          if (i / 2 * 8 + pair * 2 + i % 2 < columns_left) body(v.at[slot / 2][i / 2][slot % 2 * 2 + i % 2], i);
       };
       for_each([&](float value, int) {
         chunk.count += 1;
         chunk.mean += value;
       });
       if (chunk.count > 0) chunk.mean /= chunk.count;
-      for_each([&](float value, int column) {
+      for_each([&](float value, int i) {
+        const float product = at(slot, i);
         chunk.squares += (value - chunk.mean) * (value - chunk.mean);
-        slope[slot] += at(slot, column);
-        moment[slot] += at(slot, column) * value;
+        slope[slot] += product;
+        moment[slot] += product * value;
       });
       of[slot].merge(chunk);
     }
@@ -334,48 +342,51 @@ struct NormAfter {
       const float* const row = exchange + place.row(slot) * L::COLUMN_WARPS * EACH;
       of[slot] = Moments();
       slope[slot] = moment[slot] = 0;
+#pragma unroll 1
       for (int warp = 0; warp < L::COLUMN_WARPS; ++warp) {
         of[slot].merge({row[warp * EACH], row[warp * EACH + 1], row[warp * EACH + 2]});
         slope[slot] += row[warp * EACH + 3];
         moment[slot] += row[warp * EACH + 4];
       }
-      norm[slot] = of[slot].norm(eps);
-      moment[slot] = (moment[slot] - slope[slot] * norm[slot].mean) * norm[slot].rstd / of[slot].count;
+      rstd[slot] = of[slot].norm(eps).rstd;
+      moment[slot] = (moment[slot] - slope[slot] * of[slot].mean) * rstd[slot] / of[slot].count;
       slope[slot] /= of[slot].count;
     }
   }
 };
 
-// Turns v into the result, or into the gradient of v: what becomes of one element in the place of x, or of the
-// gradient.
-template <class T, class L>
-__device__ inline float finish_element(const ForwardBlock<T, L>& block, int adapter, const RowNorm& norm,
-                                       const NormAfter<L>& after, int slot, int column, float v, float x) {
-  const Problem<T>& problem = block.problem;
-  const auto weight = [&] { return column < problem.width ? problem.at(problem.norm_weight, adapter, column) : 0; };
-  const auto bias = [&] { return column < problem.width ? problem.at(problem.norm_bias, adapter, column) : 0; };
-  if (block.results.purpose == Purpose::derive)
-    return after.norm[slot].rstd * (weight() * x - after.slope[slot] - after.norm[slot](v) * after.moment[slot]);
-  if (problem.norm == SkipNorm::layer_after) v = after.norm[slot](v) * weight() + bias();
-  switch (problem.residual) {
-    case SkipResidual::none: return v;
-    case SkipResidual::input: return v + x;
-    default: return v + x + (norm(x) * weight() + bias());
-  }
-}
-
+// Turns v into the result, or into the gradient of v, in the place of x, or of the gradient.
 template <class T, class L, int N>
 __device__ inline void finish_rows(const ForwardBlock<T, L>& block, int adapter, int first_column,
                                    const RowNorm (&norm)[L::SLOTS], const NormAfter<L>& after, T* rows,
                                    Sums<L::M, N>& sums) {
-  for_each_pair(sums, block.place.pair, [&](float& first, float& second, int slot, int column) {
+  const Problem<T>& problem = block.problem;
+  const bool derive = block.results.purpose == Purpose::derive, normed_after = problem.norm == SkipNorm::layer_after;
+  const bool reads_norm = derive || normed_after || problem.residual == SkipResidual::normed;
+  const auto read = [&](const Matrix<T>& vectors, float(&values)[2 * N]) {
+    const T* const vector = reads_norm ? problem.vector(vectors, adapter) : nullptr;
+    read_columns<N>(vector, first_column + block.place.pair * 2, problem.width, values);
+  };
+  float norm_weight[2 * N], norm_bias[2 * N];
+  read(problem.norm_weight, norm_weight);
+  read(problem.norm_bias, norm_bias);
+  const auto finish = [&](float v, const T& element, int slot, int i) {
+    const float x = to_float(element);
+    if (derive)
+      return after.rstd[slot] *
+             (norm_weight[i] * x - after.slope[slot] - after.norm(slot)(v) * after.moment[slot]);
+    if (normed_after) v = after.norm(slot)(v) * norm_weight[i] + norm_bias[i];
+    switch (problem.residual) {
+      case SkipResidual::none: return v;
+      case SkipResidual::input: return v + x;
+      default: return v + x + (norm[slot](x) * norm_weight[i] + norm_bias[i]);
+    }
+  };
+  for_each_pair(sums, 0, [&](float& first, float& second, int slot, int column) {
     const int row = slot / 2 * 16 + slot % 2 * 8 + block.place.group;
-    const auto& x = *reinterpret_cast<const Pair<T>*>(rows + row * PITCH<T> + column);
-    const auto finish = [&](float v, const T& x, int column) {
-      return finish_element(block, adapter, norm[slot], after, slot, first_column + column, v, to_float(x));
-    };
-    first = finish(first, x.first, column);
-    second = finish(second, x.second, column + 1);
+    const auto& x = *reinterpret_cast<const Pair<T>*>(rows + row * PITCH<T> + column + block.place.pair * 2);
+    first = finish(first, x.first, slot, column / 4);
+    second = finish(second, x.second, slot, column / 4 + 1);
   });
   write_sums(sums, block.place.pair, block.place.group, rows, PITCH<T>);
 }
@@ -397,7 +408,7 @@ __device__ inline void sum_norm_gradients(const ForwardBlock<T, L>& block, const
     for (int slot = 0; slot < L::SLOTS; ++slot) {
       if (tile.first_row + place.row(slot) >= tile.end_row) continue;
       const float grad = to_float(rows[(place.row(slot) - place.first_row) * PITCH<T> + column]);
-      of_weight += grad * after.norm[slot](v.at[slot / 2][i / 2][slot % 2 * 2 + i % 2]);
+      of_weight += grad * after.norm(slot)(v.at[slot / 2][i / 2][slot % 2 * 2 + i % 2]);
       of_bias += grad;
     }
     of_weight = sum_groups(of_weight);
@@ -409,8 +420,9 @@ __device__ inline void sum_norm_gradients(const ForwardBlock<T, L>& block, const
   }
 }
 
-// The up projection of a row tile by one adapter, chunk by chunk; with a norm after it twice. The last adapter's result
-// leaves, and the rows of the next tile take its place.
+// The up projection of a row tile by one adapter, chunk by chunk; with a norm after it twice, the first time to measure
+// the rows. The last adapter's result leaves, and the rows of the next tile take its place. Both times are turns of one
+// loop, so that the product stands in the code once.
 template <class T, class L, class Weights>
 __device__ inline void project_up(const ForwardBlock<T, L>& block, Weights& weights, const RowTile<T, L>& tile,
                                   const RowTile<T, L>& next_tile, int turn, const RowNorm (&norm)[L::SLOTS]) {
@@ -419,32 +431,36 @@ __device__ inline void project_up(const ForwardBlock<T, L>& block, Weights& weig
   const int adapter = tile.adapter + turn;
   const bool derive = block.results.purpose == Purpose::derive;
   NormAfter<L> after;
-  if (problem.norm == SkipNorm::layer_after) {
-    for (int chunk = 0; chunk < block.chunks; ++chunk) {
-      Sums<L::M, N> v;
-      const T* const grad = block.rows(up_product<T, L>(block, weights, tile, adapter, chunk, v), chunk) +
-                            block.place.first_row * PITCH<T> + block.warp_column();
-      const int first_column = chunk * CHUNK<T> + block.warp_column();
-      after.remember(v, block.place.pair, problem.width - first_column, [&](int slot, int column) {
-        if (!derive) return 0.0f;
-        return problem.at(problem.norm_weight, adapter, first_column + column) *
-               to_float(grad[(block.place.row(slot) - block.place.first_row) * PITCH<T> + column]);
-      });
-    }
-    after.finish(block.place, block.exchange, problem.eps);
-  }
-  for (int chunk = 0; chunk < block.chunks; ++chunk) {
+  bool measuring = problem.norm == SkipNorm::layer_after;
+#pragma unroll 1
+  for (int chunk = 0; chunk < block.chunks;) {
     Sums<L::M, N> sums;
     T* const stage = up_product<T, L>(block, weights, tile, adapter, chunk, sums);
     T* const rows = block.rows(stage, chunk) + block.warp_offset();
     const int first_column = chunk * CHUNK<T> + block.warp_column();
+    ++chunk;
+    if (measuring) {
+      float norm_weight[2 * N];
+      read_columns<N>(derive ? problem.vector(problem.norm_weight, adapter) : nullptr,
+                      first_column + block.place.pair * 2, problem.width, norm_weight);
+      after.remember(sums, block.place.pair, problem.width - first_column, [&](int slot, int i) {
+        const int row = slot / 2 * 16 + slot % 2 * 8 + block.place.group;
+        const float grad = to_float(rows[row * PITCH<T> + i / 2 * 8 + block.place.pair * 2 + i % 2]);
+        return derive ? norm_weight[i] * grad : 0;
+      });
+      if (chunk < block.chunks) continue;
+      after.finish(block.place, block.exchange, problem.eps);
+      measuring = false;
+      chunk = 0;
+      continue;
+    }
     if (derive) sum_norm_gradients(block, tile, first_column, after, rows, sums);
     finish_rows(block, adapter, first_column, norm, after, rows, sums);
     if (turn + 1 < problem.adapters) continue;
     store_warp_tile<L::M * 16, L::template WARP_CHUNK<T>>(block.results.output, rows, block.place.lane,
                                                           tile.first_row + block.place.first_row, tile.end_row,
                                                           first_column, problem.width, problem.aligned);
-    if (L::RESIDENT && next_tile.exists()) load_own_rows(block, next_tile, chunk);
+    if (L::RESIDENT && next_tile.exists()) load_own_rows(block, next_tile, chunk - 1);
   }
 }
 

@@ -19,7 +19,8 @@ struct Problem {
   const int64_t *route, *seed;
   int64_t rows, sample_rows;  // of all samples; of one, where gates or a route tell them apart, else of all
   int width, hidden_width;
-  int experts, groups, expert_width;  // expert_width: hidden columns of a group; experts is 1 without gates
+  int experts, groups;                // both 1 without gates
+  int group_width, expert_width;      // of a group: columns of the result, and hidden ones
   int first_adapter, adapters;        // that a launch applies one after the other
   SkipNorm norm;
   SkipActivation activation;
@@ -34,15 +35,23 @@ struct Problem {
   __host__ __device__ int up_depth() const { return experts * expert_width; }  // columns of the up weight
   __device__ float scale_of(int adapter) const { return scale ? scale[adapter] : 1; }
 
-  // An element of a vector that there is one of for each adapter; 0 where it is not given.
+  // An adapter's own matrix of weights that there is one of for each.
+  __device__ Matrix<T> weight(const Matrix<T>& weights, int64_t adapter) const {
+    return {weights.data + adapter * weights.batch_stride, UNBROKEN, 0, weights.row_stride};
+  }
+  // An adapter's of vectors that there is one of for each; null where they are not given.
+  __device__ const T* vector(const Matrix<T>& vectors, int64_t adapter) const {
+    return vectors.data ? vectors.data + adapter * vectors.row_stride : nullptr;
+  }
+  // An element of it; 0 where it is not given.
   __device__ float at(const Matrix<T>& vectors, int64_t adapter, int column) const {
-    return vectors.data ? to_float(vectors.data[adapter * vectors.row_stride + column]) : 0;
+    return vectors.data ? to_float(vector(vectors, adapter)[column]) : 0;
   }
   // The groups of columns that a chunk of the result has columns of.
-  __device__ int first_group(int chunk) const { return groups == 1 ? 0 : chunk * CHUNK<T> / (width / groups); }
+  __device__ int first_group(int chunk) const { return groups == 1 ? 0 : chunk * CHUNK<T> / group_width; }
   __device__ int last_group(int chunk) const {
     const int last = (chunk + 1) * CHUNK<T> < width ? (chunk + 1) * CHUNK<T> : width;
-    return groups == 1 ? 0 : (last - 1) / (width / groups);
+    return groups == 1 ? 0 : (last - 1) / group_width;
   }
 };
 
@@ -141,11 +150,11 @@ class RowTile {
   __device__ void settle() {
     adapter = problem->first_adapter;
     for (; exists(); index += gridDim.x) {
-      sample = index / tiles_per_sample;
+      sample = static_cast<uint32_t>(index) / static_cast<uint32_t>(tiles_per_sample);
       if (problem->route) adapter = static_cast<int>(problem->route[sample]);
       if (adapter >= 0) break;
     }
-    first_row = sample * problem->sample_rows + index % tiles_per_sample * L::ROWS;
+    first_row = sample * problem->sample_rows + (index - sample * tiles_per_sample) * L::ROWS;
     end_row = (sample + 1) * problem->sample_rows;
   }
 };
@@ -189,37 +198,31 @@ class Ring {
 // [COLUMNS, CHUNK] of an adapter's down weight.
 template <class T, class L>
 __device__ inline void load_down_weight(T* tile, const Problem<T>& problem, int adapter, int block, int chunk) {
-  const int64_t first = int64_t{adapter} * problem.hidden_width;
-  load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, problem.down_weight, first + block * L::COLUMNS,
-                                              first + problem.hidden_width, chunk * CHUNK<T>, problem.width,
-                                              problem.aligned);
+  load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, problem.weight(problem.down_weight, adapter),
+                                              block * L::COLUMNS, problem.hidden_width, chunk * CHUNK<T>,
+                                              problem.width, problem.aligned);
 }
 
 // [CHUNK, COLUMNS] of an adapter's up weight; zeros for result columns of other groups.
 template <class T, class L>
 __device__ inline void load_up_weight(T* tile, const Problem<T>& problem, int adapter, int chunk, int group,
                                       int block) {
-  const int group_width = problem.width / problem.groups, first_column = chunk * CHUNK<T>;
-  const int64_t first = int64_t{adapter} * problem.width;
-  for_each_piece<T, CHUNK<T>, L::COLUMNS, L::THREADS>(
-      threadIdx.x, first_column, (group + 1) * group_width, block * L::COLUMNS, problem.up_depth(),
-      [&](int row, int column, int count) {
-        if (first_column + row < group * group_width) count = 0;
-        const int64_t offset =
-            count > 0 ? problem.up_weight.offset(first + first_column + row) + block * L::COLUMNS + column : 0;
-        load_piece(tile + row * L::template WIDE_PITCH<T> + column, problem.up_weight.data + offset, count,
-                   problem.aligned);
-      });
+  const int group_width = problem.group_width, first_column = chunk * CHUNK<T>;
+  load_tile<CHUNK<T>, L::COLUMNS, L::THREADS>(
+      tile, L::template WIDE_PITCH<T>, problem.weight(problem.up_weight, adapter), first_column,
+      (group + 1) * group_width, block * L::COLUMNS, problem.up_depth(), problem.aligned, threadIdx.x,
+      [&](int row) { return first_column + row < group * group_width; });
 }
 
 // A chunk of the norm's weight, and of its bias after it.
 template <class T, class L>
 __device__ inline void load_norm(T* target, const Problem<T>& problem, int adapter, int chunk) {
-  load_tile<1, CHUNK<T>, L::THREADS>(target, CHUNK<T>, problem.norm_weight, adapter, adapter + 1, chunk * CHUNK<T>,
-                                     problem.width, problem.aligned);
-  if (problem.norm_bias.data)
-    load_tile<1, CHUNK<T>, L::THREADS>(target + CHUNK<T>, CHUNK<T>, problem.norm_bias, adapter, adapter + 1,
-                                       chunk * CHUNK<T>, problem.width, problem.aligned);
+  const auto load_vector = [&](T* tile, const Matrix<T>& vectors) {
+    load_tile<1, CHUNK<T>, L::THREADS>(tile, CHUNK<T>, Matrix<T>{problem.vector(vectors, adapter), UNBROKEN, 0, 0}, 0,
+                                       1, chunk * CHUNK<T>, problem.width, problem.aligned);
+  };
+  load_vector(target, problem.norm_weight);
+  if (problem.norm_bias.data) load_vector(target + CHUNK<T>, problem.norm_bias);
 }
 
 // A chunk of a row tile.
@@ -359,13 +362,15 @@ __device__ inline float dropped(float element, float factor) { return factor == 
 template <class T>
 __device__ inline int operand_column(const Problem<T>& problem, int column) {
   if (!problem.gates) return column;
-  return column / problem.expert_width * group_pitch(problem.up_depth()) + column % problem.expert_width;
+  const int group = static_cast<unsigned>(column) / static_cast<unsigned>(problem.expert_width);
+  return group * (group_pitch(problem.up_depth()) - problem.expert_width) + column;
 }
 
 // Writes a hidden element, activated, to `target`, its place in the operand; with gates to each expert's.
 template <class T>
 __device__ inline void write_operand(const Problem<T>& problem, T* target, int64_t sample, float t) {
   if (!problem.gates) return assign(*target, t);
+#pragma unroll 1
   for (int expert = 0; expert < problem.experts; ++expert)
     assign(target[expert * problem.expert_width], problem.gates[sample * problem.experts + expert] * t);
 }

@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(L::THREADS, 2)
   const auto load_next = [&] {
     if (next_step.exists()) {
       T* operand = stages + free_stage * L::STAGE;
-      load_tile<SPLIT_STEP, L::DEPTH, L::THREADS>(operand, L::OPERAND_PITCH, task.operand, next_step.first_row,
-                                                  next_step.end_row, first_operand + first_depth,
+      load_tile<SPLIT_STEP, L::DEPTH, L::THREADS>(operand, L::OPERAND_PITCH, unbroken(task.operand),
+                                                  next_step.first_row, next_step.end_row, first_operand + first_depth,
                                                   first_operand + task.depth, true);
       load_tile<SPLIT_STEP, CHUNK<T>, L::THREADS>(operand + SPLIT_STEP * L::OPERAND_PITCH, PITCH<T>, task.activations,
                                                   next_step.first_row, next_step.end_row, first_column, end_column,

@@ -54,6 +54,8 @@ struct alignas(2 * sizeof(T)) Pair {
 
 // ---- Matrices in global memory ----
 
+constexpr int64_t UNBROKEN = 0x7FFFFFFFFFFFFFFF;  // rows per batch of a matrix that is not a batch of several
+
 // Rows of a [batch, rows_per_batch, width] tensor of any batch and row strides, numbered through; strides in elements.
 template <class T>
 struct Matrix {
@@ -63,6 +65,39 @@ struct Matrix {
   __device__ int64_t offset(int64_t row) const {
     if (row < rows_per_batch) return row * row_stride;
     return row / rows_per_batch * batch_stride + row % rows_per_batch * row_stride;
+  }
+};
+
+// The same matrix as one that is no batch of several, for the compiler to know.
+template <class T>
+__device__ inline Matrix<T> unbroken(const Matrix<T>& matrix) {
+  return {matrix.data, UNBROKEN, 0, matrix.row_stride};
+}
+
+// A matrix's rows from one on, as few as a tile has: one long division does for all of them.
+template <class T>
+struct RowsFrom {
+  const T* first;
+  int64_t row_stride, batch_stride, next_batch;  // next_batch: after `first`
+  int rows_per_batch, rows_left;                 // rows_left: of the first row's batch
+
+  __device__ RowsFrom(const Matrix<T>& matrix, int64_t row)
+      : row_stride(matrix.row_stride), batch_stride(matrix.batch_stride) {
+    constexpr int64_t MOST = 0x7FFFFFFF;
+    const int64_t batch = row < matrix.rows_per_batch ? 0 : row / matrix.rows_per_batch;
+    const int64_t passed = row - batch * matrix.rows_per_batch, left = matrix.rows_per_batch - passed;
+    first = matrix.data + batch * batch_stride + passed * row_stride;
+    next_batch = batch_stride - passed * row_stride;
+    rows_per_batch = static_cast<int>(matrix.rows_per_batch < MOST ? matrix.rows_per_batch : MOST);
+    rows_left = static_cast<int>(left < MOST ? left : MOST);
+  }
+
+  // Of the first batch.
+  __device__ const T* near(int row) const { return first + row * row_stride; }
+  __device__ const T* operator[](int row) const {
+    if (row < rows_left) return near(row);
+    const unsigned over = row - rows_left, batches = over / static_cast<unsigned>(rows_per_batch);
+    return first + next_batch + batches * batch_stride + (over - batches * rows_per_batch) * row_stride;
   }
 };
 
@@ -81,14 +116,16 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 // Calls body(row, column, count) for the pieces of a [rows, width] matrix that make up the tile at (first_row,
 // first_column), `count` of each piece's elements lying inside; rows and columns are the tile's. Threads share them
-// out.
-template <class T, int ROWS, int COLUMNS, int THREADS, class Body>
+// out in rounds, whose number the compiler knows.
+template <class T, int ROWS, int COLUMNS, int THREADS, int UNROLL = 2, class Body>
 __device__ inline void for_each_piece(int thread, int64_t first_row, int64_t rows, int first_column, int width,
                                       Body body) {
-  constexpr int LENGTH = PIECE_BYTES / sizeof(T), PIECES = COLUMNS / LENGTH;
+  constexpr int LENGTH = PIECE_BYTES / sizeof(T), PIECES = COLUMNS / LENGTH, ALL = ROWS * PIECES;
   static_assert(COLUMNS % LENGTH == 0, "a tile's row is made of whole pieces");
-#pragma unroll 4
-  for (int i = thread; i < ROWS * PIECES; i += THREADS) {
+#pragma unroll UNROLL
+  for (int first = 0; first < ALL; first += THREADS) {
+    const int i = first + thread;
+    if (ALL % THREADS != 0 && i >= ALL) break;
     const int row = i / PIECES, column = i % PIECES * LENGTH;
     const int left = first_row + row < rows ? width - first_column - column : 0;
     body(row, column, left < 0 ? 0 : left < LENGTH ? left : LENGTH);
@@ -107,15 +144,34 @@ __device__ inline void load_piece(T* target, const T* source, int count, bool al
   }
 }
 
-// Starts the copy of a tile, zeros where it lies outside of [rows, width].
+// Starts the copy of a tile, zeros where it lies outside of [rows, width], and in rows that are absent(row). What is
+// rare, a tile with rows of two batches or not aligned, is kept small: every copy that a kernel starts stands in its
+// code several times.
+template <int ROWS, int COLUMNS, int THREADS, class T, class Absent>
+__device__ inline void load_tile(T* tile, int pitch, const Matrix<T>& from, int64_t first_row, int64_t rows,
+                                 int first_column, int width, bool aligned, int thread, Absent absent) {
+  const RowsFrom<T> source(from, first_row);
+  if (aligned && (source.rows_left >= ROWS || source.rows_left >= rows - first_row))
+    for_each_piece<T, ROWS, COLUMNS, THREADS>(
+        thread, first_row, rows, first_column, width, [&](int row, int column, int count) {
+          if (count > 0 && absent(row)) count = 0;
+          load_piece(tile + row * pitch + column, count > 0 ? source.near(row) + first_column + column : from.data,
+                     count, true);
+        });
+  else
+    for_each_piece<T, ROWS, COLUMNS, THREADS, 1>(
+        thread, first_row, rows, first_column, width, [&](int row, int column, int count) {
+          if (count > 0 && absent(row)) count = 0;
+          load_piece(tile + row * pitch + column, count > 0 ? source[row] + first_column + column : from.data, count,
+                     aligned);
+        });
+}
+
 template <int ROWS, int COLUMNS, int THREADS, class T>
 __device__ inline void load_tile(T* tile, int pitch, const Matrix<T>& from, int64_t first_row, int64_t rows,
                                  int first_column, int width, bool aligned) {
-  for_each_piece<T, ROWS, COLUMNS, THREADS>(
-      threadIdx.x, first_row, rows, first_column, width, [&](int row, int column, int count) {
-        const int64_t offset = count > 0 ? from.offset(first_row + row) + first_column + column : 0;
-        load_piece(tile + row * pitch + column, from.data + offset, count, aligned);
-      });
+  load_tile<ROWS, COLUMNS, THREADS>(tile, pitch, from, first_row, rows, first_column, width, aligned, threadIdx.x,
+                                    [](int) { return false; });
 }
 
 // A warp writes its own [ROWS, COLUMNS] of a tile to a contiguous [rows, width] matrix.
