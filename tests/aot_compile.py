@@ -1,7 +1,13 @@
 """Compiles every op's Triton kernels for chips that need not be here, and says what they use.
 
-A program of its own, since tests run with ``TRITON_INTERPRET=1``: writes one JSON object a line to stdout, for
-each of ``cases()`` in order. A new op gets a line in ``MODULES`` and a module like the one there, with:
+A program of its own, since tests run with ``TRITON_INTERPRET=1``. What came out is recorded in
+tests/kernel_usage.json beside a digest of all that it follows from, so that only what has changed is compiled again:
+
+    python tests/aot_compile.py             writes one JSON object a line to stdout, for each of ``cases()`` in order
+    python tests/aot_compile.py --sample    the same of every eleventh, recorded or not: is the record true?
+    python tests/aot_compile.py --record    brings the record up to date
+
+A new op gets a line in ``MODULES`` and a module like the one there, with:
 
     kernels                         the module of fast_prompt_kernels
     variants()                      what to compile; each has kernel, arch, dtype, budget, multiplies, fills_a_tile
@@ -10,11 +16,15 @@ each of ``cases()`` in order. A new op gets a line in ``MODULES`` and a module l
     is_aligned(name, variant)       whether that argument is a multiple of 16
 """
 
+import ast
+import functools
+import hashlib
 import importlib
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,6 +48,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+RECORD = Path(__file__).with_name("kernel_usage.json")
+KERNELS = Path(__file__).parent.parent / "kernels" / "fast_prompt_kernels"
+SAMPLE = slice(None, None, 11)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -50,23 +63,39 @@ def module_of(op):
     return importlib.import_module(MODULES[op])
 
 
-def source(op, variant):
+def launch_of(op, variant):
+    """The kernel's signature, constants and attributes as Triton takes them, and the launch options."""
     module = module_of(op)
-    kernel = getattr(module.kernels, variant.kernel)
+    names = getattr(module.kernels, variant.kernel).arg_names
     constants, options = module.launch(variant)
-    constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
+    constants = {name: constants[name] for name in names if name.isupper()}
     signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
+    for position, name in enumerate(names):
         signature[name] = "constexpr" if name in constants else module.argument_type(name, variant)
         if name not in constants and module.is_aligned(name, variant):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
+    return signature, constants, attributes, options
+
+
+def digest(op, variant):
+    """Of all that a result follows from."""
+    facts = (triton.__version__, code_of(op), variant.kernel, variant.arch, *launch_of(op, variant))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_of(op):
+    """The op's kernels and what all ops share, without comments."""
+    files = [*sorted(KERNELS.glob(f"{op}*.py")), KERNELS / "tiles.py"]
+    return [ast.unparse(ast.parse(file.read_text())) for file in files]
 
 
 def compile_case(op, variant):
     """Registers a thread, spilled bytes (registers on AMD), bytes of shared memory, tensor-core instructions."""
-    ast, options = source(op, variant)
-    compiled = triton.compile(ast, target=TARGETS[variant.arch], options=options)
+    signature, constants, attributes, options = launch_of(op, variant)
+    kernel = getattr(module_of(op).kernels, variant.kernel)
+    tree = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(tree, target=TARGETS[variant.arch], options=options)
     measure = measure_amd if variant.arch.startswith("gfx") else measure_nvidia
     return {"shared": compiled.metadata.shared, **measure(compiled.asm)}
 
@@ -95,12 +124,43 @@ def measure_amd(asm):
 
 def describe(case):
     try:
-        return json.dumps(compile_case(*case))
+        return compile_case(*case)
     except Exception as error:  # a kernel that does not compile is a result too
-        return json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def recorded():
+    """What each case used when it was last compiled, by its digest."""
+    entries = json.loads(RECORD.read_text())["cases"].values() if RECORD.exists() else ()
+    return {entry["digest"]: {key: value for key, value in entry.items() if key != "digest"} for entry in entries}
+
+
+def results(chosen, known):
+    """Of these cases, from what is known or from the compiler."""
+    keys = [digest(*case) for case in chosen]
+    missing = [case for key, case in zip(keys, chosen, strict=True) if key not in known]
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        compiled = pool.map(describe, missing)
+        return [known[key] if key in known else next(compiled) for key in keys]
+
+
+def label(case):
+    op, variant = case
+    return f"{op} {variant}"
+
+
+def write_record():
+    """One line a case."""
+    found = zip(cases(), results(cases(), recorded()), strict=True)
+    lines = [f"{json.dumps(label(case))}: {json.dumps({'digest': digest(*case), **used})}" for case, used in found]
+    version = json.dumps(triton.__version__)
+    RECORD.write_text(f'{{"triton": {version}, "cases": {{\n' + ",\n".join(lines) + "\n}}\n")
 
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for line in pool.map(describe, cases()):
-            print(line, flush=True)
+    if sys.argv[1:] == ["--record"]:
+        write_record()
+    else:
+        sample = sys.argv[1:] == ["--sample"]
+        for result in results(cases()[SAMPLE], {}) if sample else results(cases(), recorded()):
+            print(json.dumps(result))

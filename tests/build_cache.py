@@ -1,7 +1,7 @@
 """What the tests compile, kept between runs and between checkouts, by content.
 
 A result is found again by all that it is made of: the command, the sources and what they include, and what the tool
-calls itself. It lies in ``$FAST_PROMPT_TEST_CACHE``, by default ``$XDG_CACHE_HOME/fast_prompt/tests``; what no run has
+calls itself. It lies in ``$FAST_PROMPT_TEST_CACHE``, by default ``$XDG_CACHE_HOME/fast_prompt``; what no run has
 wanted for 30 days is removed.
 
     folder = cached(["nvcc", "-cubin", "-arch=sm_90", str(source), "-o", "kernels.cubin"], [source], [headers])
@@ -42,7 +42,7 @@ def cached(command: Sequence[str], inputs: Sequence[Path], folders: Sequence[Pat
         folders: where includes are looked for, besides the including file's own folder. What is in none of them, as a
             system's headers are, counts as part of the tool.
     """
-    target = root() / key(command, inputs, folders)
+    target = root() / "compiled" / key(command, inputs, folders)
     if not target.exists():
         with _locked(target):
             if not target.exists():
@@ -52,10 +52,10 @@ def cached(command: Sequence[str], inputs: Sequence[Path], folders: Sequence[Pat
 
 
 def root() -> Path:
-    """The cache's folder."""
+    """The folder of all that tests keep; compiled results lie in ``compiled`` within."""
     if named := os.environ.get("FAST_PROMPT_TEST_CACHE"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast_prompt" / "tests"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast_prompt"
 
 
 def key(command: Sequence[str], inputs: Sequence[Path], folders: Sequence[Path] = ()) -> str:

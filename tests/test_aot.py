@@ -1,6 +1,7 @@
 """Every Triton kernel compiled ahead of time for chips that need not be here: no spills, within budget.
 
-The budgets are in tests/kernel_budgets.json, under each op's ``triton``; what is compiled is in tests/aot_<op>.py.
+The budgets are in tests/kernel_budgets.json, under each op's ``triton``; what is compiled is in tests/aot_<op>.py. A
+case that has not changed since it was recorded (tests/aot_compile.py) is not compiled again, but for a sample.
 """
 
 import json
@@ -14,27 +15,47 @@ import pytest
 pytest.importorskip("triton")
 
 import aot_compile  # noqa: E402 (imports triton)
+from aot_compile import label  # noqa: E402
+from build_cache import root  # noqa: E402
+
+pytestmark = pytest.mark.gate
 
 TESTS = Path(__file__).parent
 BUDGETS = json.loads((TESTS / "kernel_budgets.json").read_text())
 CASES = aot_compile.cases()
 CHIPS_NEWEST = {"sm_80": "mma.sync", "sm_90": "wgmma.mma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 
+REFRESH = "run `PYTHONPATH=.:kernels python tests/aot_compile.py --record`"
 
-def label(case):
-    op, variant = case
-    return f"{op} {variant}"
+
+def run(*arguments):
+    """What the program says of each case; in another process, where Triton compiles and does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(root() / "triton")
+    command = [sys.executable, TESTS / "aot_compile.py", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What each case uses, by label; from another process, where Triton compiles and does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, TESTS / "aot_compile.py"]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert process.returncode == 0, process.stderr
-    results = [json.loads(line) for line in process.stdout.splitlines()]
-    return {label(case): result for case, result in zip(CASES, results, strict=True)}
+    """What each case uses, by label."""
+    return {label(case): result for case, result in zip(CASES, run(), strict=True)}
+
+
+def test_the_record_is_up_to_date():
+    """Else every run would compile anew what has changed."""
+    record, installed = json.loads(aot_compile.RECORD.read_text()), aot_compile.triton.__version__
+    if record["triton"] != installed:
+        pytest.skip(f"recorded with triton {record['triton']}, here is {installed}: all is compiled")
+    current = {label(case): aot_compile.digest(*case) for case in CASES}
+    assert {name: entry["digest"] for name, entry in record["cases"].items()} == current, REFRESH
+
+
+def test_the_record_is_what_the_compiler_says(compiled):
+    sample = [compiled[label(case)] for case in CASES[aot_compile.SAMPLE]]
+    assert run("--sample") == sample
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)

@@ -14,7 +14,7 @@ import build_cache  # noqa: E402 (lies beside the tests)
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FAST_PROMPT_TEST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "compiled"
 
 
 def checkout(folder):

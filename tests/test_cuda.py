@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_cache
 import pytest
 import torch
 
 from fast_prompt.backends import BACKENDS, PromptDiffusionCall, cpu, cuda
+from fast_prompt.backends.call import CALLS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -110,3 +112,16 @@ def test_old_nvcc_compiles_for_the_chips_it_knows(monkeypatch, tmp_path):
 def test_nvcc_too_old_for_any_chip_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("NVCC", fake_nvcc(tmp_path, "sm_75\\n", compiles=True))
     assert "none of sm_80" in build_native.find_cuda()
+
+
+@pytest.mark.gate
+def test_the_bindings_compile_and_ask_for_every_kernel():
+    """Where torch has no CUDA, no build compiles them; the kernels themselves are compiled by other gates."""
+    tools, source = build_native.find_toolchain("not needed"), build_native.ROOT / "csrc" / "bind_cuda.cpp"
+    includes = [tools.torch_dir / "include", tools.torch_dir / "include" / "torch" / "csrc" / "api" / "include"]
+    flags = [*build_native.COMMON_FLAGS.split(), build_native.BINDING_FLAGS, *(f"-isystem{path}" for path in includes)]
+    command = [tools.compiler, *flags, "-c", str(source), "-o", "bind_cuda.o"]
+    compiled = build_cache.cached(command, [source], [source.parent, *includes]) / "bind_cuda.o"
+    listing = subprocess.run(["nm", "-C", "-u", compiled], text=True, capture_output=True, check=True).stdout
+    wanted = {line.split()[-1] for line in listing.splitlines() if "fast_prompt::cuda::" in line}
+    assert wanted == {f"fast_prompt::cuda::{element}::{op}" for element in build_native.CUDA_ELEMENTS for op in CALLS}

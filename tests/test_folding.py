@@ -1,5 +1,8 @@
 """``fold`` and ``unfold``: the same output, two wide products, and everything given back."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_models import MODELS, WIDTH, assert_same, build, run, snapshot, stir
@@ -82,9 +85,28 @@ def test_an_interrupted_pass_leaves_nothing_behind():
     torch.testing.assert_close(attention.k_proj(source), own)
     torch.testing.assert_close(attention.k_proj(source.clone()), own)
     assert error(run(model, inputs), expected) < TOLERANCES[torch.float32]
-    folded = folded_modules(model)[0]
-    assert folded._source is None
-    assert folded._slices == ()
+    call = folded_modules(model)[0]._call()
+    assert call.source is None
+    assert call.slices == ()
+
+
+@torch.no_grad()
+def test_eight_threads_share_a_folded_model():
+    """Each has its own answer, bit for bit, also from a copy that was made in the middle of a call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, _ = adapted("vit")
+        model.fold()
+        images = [torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(64)]
+        right = [model(pixel_values=image).logits for image in images]
+        model.vit.layers[0].attention.q_proj(torch.randn(2, 5, WIDTH))
+        for shared in (model, copy.deepcopy(model)):
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(lambda image, shared=shared: shared(pixel_values=image).logits, images * 4))
+            assert all(torch.equal(*pair) for pair in zip(answers, right * 4, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

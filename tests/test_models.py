@@ -4,7 +4,16 @@ import pytest
 import torch
 from tiny_models import MODELS, WIDTH, bert_classifier, build, run, text_inputs
 from torch import nn
-from transformers import GPT2Config, GPT2Model, T5Config, T5EncoderModel
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fast_prompt.methods import APTConfig
 from fast_prompt.models import find_attention_sites
@@ -118,7 +127,22 @@ def t5() -> tuple[nn.Module, str, list[str]]:
     return T5EncoderModel(config), "T5Attention", ["SelfAttention"]
 
 
-@pytest.mark.parametrize("make", [gpt2, t5])
+def llama() -> tuple[nn.Module, str, list[str]]:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
+    return LlamaModel(config), "LlamaAttention", ["self_attn"]
+
+
+def distilbert() -> tuple[nn.Module, str, list[str]]:
+    config = DistilBertConfig(dim=WIDTH, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=50)
+    return DistilBertModel(config), "DistilBertSelfAttention", ["attention"]
+
+
+def small_inputs() -> dict[str, torch.Tensor]:
+    return {name: value for name, value in text_inputs().items() if name != "token_type_ids"}
+
+
+@pytest.mark.parametrize("make", [gpt2, t5, llama, distilbert])
 def test_an_unknown_architecture_names_what_to_target_and_then_works(make):
     model, class_name, target = make()
     model.eval()
@@ -126,14 +150,72 @@ def test_an_unknown_architecture_names_what_to_target_and_then_works(make):
     with pytest.raises(ValueError, match=f"name them in target_modules.*2 {class_name}"):
         get_fast_prompt_model(model, APTConfig())
     assert list(model.state_dict()) == before
-    base = run(model, text_inputs())
+    base = run(model, small_inputs())
     get_fast_prompt_model(model, APTConfig(num_prompts=3, target_modules=target))
     assert len(model.targeted_module_names) == 2
-    output = run(model, text_inputs())
+    output = run(model, small_inputs())
     assert not torch.equal(output, base)
     output.sum().backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "prompts" in name)
-    with pytest.raises(ValueError, match="cannot fold"):
+
+
+@pytest.mark.parametrize("make", [t5, llama, distilbert])
+def test_a_trial_call_proves_an_attention_nobody_named_so_that_it_folds(make):
+    model, _, target = make()
+    model.eval()
+    model.training = True  # the mode of every part is as it was after the trial
+    assert all(not site.unproven for site in find_attention_sites(model, target))
+    assert model.training and not any(part.training for part in list(model.modules())[1:])
+    model.eval()
+    get_fast_prompt_model(model, APTConfig(num_prompts=3, target_modules=target))
+    for name, parameter in model.named_parameters():
+        if name.endswith("prompts"):
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        plain = run(model, small_inputs())
+        model.fold()
+        torch.testing.assert_close(run(model, small_inputs()), plain, rtol=1e-3, atol=1e-4)
+
+
+class NormedFirst(nn.Module):
+    """An attention that norms its input itself: what its queries are projected from is not what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.o_proj(self.q_proj(x) * self.k_proj(x) * self.v_proj(x))
+
+
+class ScaledAfter(NormedFirst):
+    """An attention that goes on after its output projection."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * self.o_proj(self.q_proj(x) * self.k_proj(x) * self.v_proj(x))
+
+
+class Needy(NormedFirst):
+    """An attention that cannot be tried alone."""
+
+    def forward(self, x: torch.Tensor, table: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.o_proj(self.q_proj(x) * table["positions"])
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (NormedFirst, "its projections do not read its input"),
+        (ScaledAfter, "what it returns is not its output projection's result"),
+        (Needy, "a trial call failed with TypeError"),
+    ],
+)
+def test_an_attention_that_is_not_proven_does_not_fold(attention, reason):
+    model = nn.Sequential(attention()).eval()
+    get_fast_prompt_model(model, APTConfig(num_prompts=3, target_modules=["0"]))
+    with pytest.raises(ValueError, match=f"0: cannot fold {attention.__name__}: {reason}"):
         model.fold()
     assert not model.is_folded
 

@@ -296,3 +296,31 @@ def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
     assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("wish", [{"push_to_hub": True}, {"repo_id": "me/mine"}, {"safe_serialization": False}])
+def test_what_saving_does_not_do_is_refused(wish, tmp_path):
+    (name,) = wish
+    with pytest.raises(ValueError, match=f"save_pretrained: {name}="):
+        trained()[0].save_pretrained(tmp_path / "adapter", **wish)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_asks_for_nothing_more_is_accepted(tmp_path):
+    trained()[0].save_pretrained(tmp_path, push_to_hub=False, safe_serialization=True, token=None)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_in_use_trains_on_if_it_is_loaded_to(tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    model = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    model.load_adapter(tmp_path, "default")
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    model.load_adapter(tmp_path, "default", is_trainable=False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="is_trainable: 'other' would not be in use"):
+        model.load_adapter(tmp_path, "other", is_trainable=True)
+    assert list(model.adapter_configs) == ["default"]

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VISION
+from tiny_models import VISION, build_language_model
 from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from fast_prompt.methods import APTConfig
+from fast_prompt.methods import APTConfig, DVPConfig
 from fast_prompt.tuning import FastPromptModel, get_fast_prompt_model
 
 pytest.importorskip("accelerate")
@@ -123,3 +123,50 @@ def test_without_a_head_only_the_adapter_moves(tmp_path):
     trainer(model, tmp_path, num_train_epochs=1).train()
     assert torch.equal(model.classifier.weight, head)
     assert all(not torch.equal(before[name], value) for name, value in state(model).items() if "prompts" in name)
+
+
+LABELS = {
+    "whole numbers": lambda number: torch.arange(number) % 3,
+    "scores": lambda number: torch.rand(number, 3, generator=torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, kind):
+    """``Trainer`` leaves it to a model that takes keywords to divide by the number of labels in all steps."""
+    random = torch.Generator().manual_seed(0)
+    ids, visual = torch.randint(2, 49, (8, 5), generator=random), torch.randn(8, 4, 16, generator=random)
+    data = [
+        {"input_ids": i, "visual_embeds": v, "labels": label}
+        for i, v, label in zip(ids, visual, LABELS[kind](8), strict=True)
+    ]
+    steps = {}
+    for accumulated in (1, 2, 4, 8):
+        model, _ = build_language_model("bert")
+        config = DVPConfig(layer=1, visual_width=16, num_answers=3, dropout=0.0)
+        torch.manual_seed(0)
+        model = get_fast_prompt_model(model, config)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        before = state(model)
+        run = trainer(
+            model,
+            tmp_path / str(accumulated),
+            per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            eval_strategy="no",
+        )
+        run.train_dataset = data
+        run.train()
+        steps[accumulated] = {name: value - before[name] for name, value in state(model).items()}
+    for accumulated in (2, 4, 8):
+        for name, step in steps[accumulated].items():
+            torch.testing.assert_close(step, steps[1][name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(step.abs().max() > 1e-4 for step in steps[1].values())

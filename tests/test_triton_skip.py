@@ -105,12 +105,13 @@ def assert_matches(inputs, grad, options, without=()):
 
 
 @pytest.mark.parametrize(
-    ("width", "hidden", "dtype"), [(40, 40, F32), (20, 260, F32), (40, 130, BF16), (16, 520, BF16), (600, 20, F16)]
+    ("length", "width", "hidden", "dtype"),
+    [(37, 40, 40, F32), (10, 20, 260, F32), (37, 40, 130, BF16), (10, 16, 520, BF16), (37, 600, 20, F16)],
 )
-def test_row_tiles_and_hidden_blocks(width, hidden, dtype, monkeypatch):
+def test_row_tiles_and_hidden_blocks(length, width, hidden, dtype, monkeypatch):
     """The widest tiles of the tables, in several blocks of hidden columns."""
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)
-    inputs, grad = make_inputs(2, 37, width, hidden, dtype=dtype)
+    inputs, grad = make_inputs(2, length, width, hidden, dtype=dtype)
     # A sum over everything, and small beside its terms: in half precision it depends on how x is rounded for products.
     assert_matches(inputs, grad, settings(), without=() if dtype == F32 else ("scale",))
 

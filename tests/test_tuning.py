@@ -427,6 +427,7 @@ def test_accelerates_hooks_stay_in_force():
             stir(model)
             if not before:
                 hooks.add_hook_to_module(host, hook)
+            hook.calls = 0  # an attention is tried before it is adapted
             plain, _ = adapted(name=name)
             assert torch.equal(run(model, inputs), run(plain, inputs))
             model.revert()
@@ -447,3 +448,48 @@ def test_accelerate_prepare_and_an_optimizer_step():
     optimizer.step()
     assert accelerator.unwrap_model(prepared) is model
     assert not torch.equal(run(model, inputs), before)
+
+
+# ---- transformers' and PEFT's own names ----
+
+
+def test_adapters_are_disabled_until_they_are_enabled():
+    model, inputs = build("bert")
+    base = run(model, inputs)
+    get_fast_prompt_model(model, APT)
+    stir(model)
+    adapted_output = run(model, inputs)
+    model.disable_adapters()
+    assert torch.equal(run(model, inputs), base) and model.active_adapters == model.active_adapters() == []
+    with model.disable_adapter():
+        pass
+    assert torch.equal(run(model, inputs), base)
+    model.enable_adapters()
+    assert torch.equal(run(model, inputs), adapted_output)
+    assert model.active_adapters == model.active_adapters() == ["default"]
+    model.eval().fold()
+    for method in (model.disable_adapters, model.enable_adapters):
+        with pytest.raises(RuntimeError, match="folded"):
+            method()
+
+
+def test_an_adapters_tensors_can_be_had():
+    model, _ = build("bert")
+    get_fast_prompt_model(model, APT)
+    tensors = model.get_adapter_state_dict()
+    assert {id(value) for value in tensors.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(name in tensors for name in model.get_adapter_state_dict("default"))
+    with pytest.raises(ValueError, match="expected one of default, got 'other'"):
+        model.get_adapter_state_dict("other")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_adapter_does_not_fold(value):
+    model, inputs = build("bert")
+    get_fast_prompt_model(model, APT)
+    with torch.no_grad():
+        model.encoder.layer[1].attention.output.fast_prompt.default.prompts[0, 0] = value
+    with pytest.raises(ValueError, match="'default' holds NaN or infinity: encoder.layer.1.*prompts"):
+        model.eval().fold()
+    assert not model.is_folded
+    run(model, inputs)

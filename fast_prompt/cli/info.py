@@ -6,6 +6,7 @@ from typing import Any
 from fast_prompt.backends import BACKENDS, cpu
 from fast_prompt.bench import machine
 from fast_prompt.cli.output import emit_json
+from fast_prompt.models import contract
 
 EXAMPLES = """\
 examples:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         "cpu": machine.cpu(),
         "backends": {name: _availability(name) for name in BACKENDS},
         "build": cpu.build_info(),
+        "transformers": contract.describe_range(),
     }
     if args.json:
         emit_json(facts)
@@ -50,6 +52,8 @@ def _availability(name: str) -> dict[str, Any]:
 
 def _print(facts: dict[str, Any]) -> None:
     _section("versions", {name: version or "none" for name, version in facts["versions"].items()})
+    if not facts["transformers"]["tested"]:
+        print(f"  {facts['transformers']['note']}")
     _section("devices", {device["device"]: device["name"] for device in facts["devices"]})
     _section("cpu", facts["cpu"])
     _section("backends", {name: entry["reason"] or "available" for name, entry in facts["backends"].items()})

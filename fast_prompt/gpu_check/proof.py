@@ -37,20 +37,12 @@ def build(place: Place, figures: Figures) -> None:
             builder.run_ninja(tools, "-n")
             figures.save(planned=(Path(directory) / "build.ninja").read_text().count("\nbuild "))
         return
+    major, minor = torch.cuda.get_device_capability(place.device)
+    tools = builder.narrow(tools, [10 * major + minor])
     if isinstance(tools.cuda, str):
         raise StepError(f"no CUDA kernels can be compiled: {tools.cuda}")
-    major, minor = torch.cuda.get_device_capability(place.device)
-    chips = (newest_for(tools.cuda.chips, 10 * major + minor),)
-    builder.build(tools._replace(cuda=tools.cuda._replace(chips=chips)), ROOT / "fast_prompt")
-    figures.save(chips=chips, nvcc=tools.cuda.version, compiler=tools.compiler)
-
-
-def newest_for(chips: tuple[str, ...], capability: int) -> str:
-    """The newest of these chips whose code a chip of this capability can run, or compile from its PTX."""
-    fitting = [chip for chip in chips if int(chip) <= capability]
-    if not fitting:
-        raise StepError(f"there are kernels for sm_{', sm_'.join(chips)}, not for this chip, sm_{capability}")
-    return max(fitting, key=int)
+    builder.build(tools, ROOT / "fast_prompt")
+    figures.save(chips=tools.cuda.chips, nvcc=tools.cuda.version, compiler=tools.compiler)
 
 
 def _builder() -> ModuleType:

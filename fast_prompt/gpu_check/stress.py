@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fast_prompt import bench, ops, reference
+from fast_prompt import bench, ops, parity, reference
 from fast_prompt.backends import BACKENDS, use_backend
 from fast_prompt.bench.contender import forced
 from fast_prompt.gpu_check.outcome import AbsentError, Figures, StepError
@@ -19,6 +20,7 @@ from fast_prompt.tolerances import TOLERANCES
 DTYPE = "bf16"
 SAMPLES = 4
 TURNS = 20  # of two streams
+GRAPH_CASES = ("dropout", "route", "route, dropout")  # names of parity cases, with numbers for a seed or a route
 Results = dict[str, Tensor]
 
 
@@ -53,6 +55,22 @@ def graph(place: Place, op: str, backend: str, problem: Problem) -> str:
         replay()
         _check(results, fresh, op)
     return "passed"
+
+
+def graph_of_numbers(place: Place, op: str, backend: str, problem: Problem) -> str:
+    """A seed and a route that come as plain numbers: known after a first call, then captured like all else."""
+    function = forced(getattr(ops, op), backend)
+    known = [case for case in parity.OPS[op].CASES if case.name in GRAPH_CASES]
+    for case in known:
+        static = parity.OPS[op].build(case, DTYPES[DTYPE], place.device)
+        evaluate(function, static)
+        results, replay = CAPTURES[place.device.type](partial(evaluate, function, static))
+        for scale in (1.0, 0.5):
+            fresh = replace(static, grad=static.grad * scale)
+            static.grad.copy_(fresh.grad)
+            replay()
+            _check(results, fresh, op)
+    return f"passed: {', '.join(case.name for case in known)}"
 
 
 def streams(place: Place, op: str, backend: str, problem: Problem) -> str:
@@ -100,6 +118,7 @@ def same_bits(place: Place, op: str, backend: str, problem: Problem) -> str:
 
 CHECKS: dict[str, Callable[[Place, str, str, Problem], str]] = {
     "cuda_graph": graph,
+    "cuda_graph_of_numbers": graph_of_numbers,
     "two_streams": streams,
     "other_device": other_device,
     "torch_compile": compiled,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fast_prompt.models import PROVEN, AttentionSite, find_attention_sites
+from fast_prompt.models import AttentionSite, find_attention_sites
 from fast_prompt.models.fused import FUSED
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
@@ -80,17 +80,13 @@ class APTConfig(MethodConfig):
         """One attention's adapter merged into its projections.
 
         Raises:
-            ValueError: the attention is not of a class whose projections are known to read X and give H, or they are
-                not plain linear layers.
+            ValueError: its projections are not known to read X and give H, or they are not plain linear layers.
         """
         assert isinstance(site, AttentionSite) and isinstance(adapter, PromptDiffusion)
         attention = model.get_submodule(site.name)
         projections = site.projections
-        if not site.proven or projections is None:
-            raise ValueError(
-                f"{site.name}: cannot fold {type(attention).__name__}, only {', '.join(PROVEN)}: what its projections "
-                "read and give is not known"
-            )
+        if site.unproven or projections is None:
+            raise ValueError(f"{site.name}: cannot fold {type(attention).__name__}: {site.unproven}")
         memory = () if site.is_cross else projections.memory
         query, *others = (
             _plain_linear(model, f"{site.name}.{path}") for path in (projections.query, *memory, projections.output)

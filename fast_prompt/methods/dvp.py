@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fast_prompt.models.contract import check_forwards, check_model_forward
 from fast_prompt.models.visual.families import Target, find_target
 from fast_prompt.models.visual.forward import visual_forward
 from fast_prompt.models.visual.head import HEAD_CHILD, AnswerHead, answer_forward
@@ -116,10 +117,12 @@ class DVPConfig(MethodConfig):
         """The model itself, for prompts and head, and every sublayer that gets an adapter.
 
         Raises:
-            ValueError: the architecture is unknown, it has no such block or a head already, or widths do not divide.
+            ValueError: the architecture is unknown, or not as it was; it has no such block, or a head already; widths
+                do not divide; or another tool has replaced a forward.
         """
         target = find_target(model)
         self._check(model, target)
+        self._check_forwards(model, target)
         family, width = target.family, target.width
         patches = dict.fromkeys(target.blocks, family.block_forward)
         if target.encoder is not None and family.drop_visual is not None:
@@ -130,6 +133,15 @@ class DVPConfig(MethodConfig):
         if self.adapter_width is not None:
             sites += [Site(name=path, host=path, forward=family.adapt, width=width) for path in target.adapted]
         return sites
+
+    def _check_forwards(self, model: nn.Module, target: Target) -> None:
+        """What visual prompts pass through is as it was, and nothing else stands before it."""
+        encoder = [] if target.encoder is None else [target.encoder]
+        check_forwards(model, [target.stack], replaced=False)
+        check_forwards(model, ["", *target.blocks, *encoder])
+        if self.adapter_width is not None:
+            check_forwards(model, target.adapted)
+        check_model_forward(model)
 
     def _check(self, model: nn.Module, target: Target) -> None:
         if self.layer >= len(target.blocks):

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fast_prompt.models.contract import check_forwards, refuse
+from fast_prompt.models.proof import Trial, Verdict, prove
 from fast_prompt.tuning.adapters import at_site
-from fast_prompt.tuning.classes import is_replaceable
+from fast_prompt.tuning.classes import base_class
 from fast_prompt.tuning.site import CHILD, Site
 
 # The child of BERT's ``output`` module that keeps adapters of its residual.
@@ -42,16 +44,17 @@ class AttentionSite(Site):
 
     Attributes:
         projections: the linear layers, or None where they are not found (the site then cannot be folded).
-        proven: whether the attention's class is one of ``PROVEN``.
+        unproven: why it is not known that the projections read X and give H; empty where it is.
         is_cross: whether keys and values are projected from another sequence than the queries.
     """
 
     projections: Projections | None
-    proven: bool
+    unproven: str
     is_cross: bool
 
 
-# Classes of transformers whose query projection reads X and whose output projection gives H, as the tests show.
+# Classes of transformers that are adapted without being named: their query projection reads X and their output
+# projection gives H, as the tests show and a trial call confirms.
 PROVEN = ("BertAttention", "CLIPAttention", "RobertaAttention", "ViTAttention", "ViltAttention")
 
 # Layers in which the streams of two encoders meet: where a model has them, its encoders are left as they are.
@@ -89,8 +92,7 @@ def attention_forward(self: nn.Module, forward: Callable[..., Any], *args: Any, 
 
 def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
-    hidden_states = getattr(self, CHILD)(self.dense(hidden_states), input_tensor)
-    return self.dropout(hidden_states)
+    return self.dropout(at_site(self, CHILD, self.dense(hidden_states), input_tensor))
 
 
 def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -115,8 +117,8 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
         target_modules: names of attention modules or their endings, or one regular expression for whole names.
 
     Raises:
-        ValueError: the architecture is not known, a name fits nothing, or a module named is no attention; the message
-            lists the attention-like modules found.
+        ValueError: the architecture is not known, a name fits nothing, or a module named is no attention (the message
+            lists the attention-like modules found); or a class that is known by name is not what it was.
     """
     if target_modules is None:
         names = _known(model)
@@ -127,7 +129,8 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
             )
     else:
         names = _match(model, target_modules)
-    return [_site(model, name) for name in names]
+    verdicts: dict[Any, Verdict] = {}  # one trial call for each kind of attention
+    return [_site(model, name, verdicts) for name in names]
 
 
 def _known(model: nn.Module) -> list[str]:
@@ -170,7 +173,7 @@ def _attention_like(model: nn.Module) -> str:
     return f"Attention-like modules found: {'; '.join(listed)}."
 
 
-def _site(model: nn.Module, name: str) -> AttentionSite:
+def _site(model: nn.Module, name: str, verdicts: dict[Any, Verdict]) -> AttentionSite:
     attention = model.get_submodule(name)
     projections = _projections(attention)
     output = projections.output if projections else next((o for o in OUTPUTS if _width(_child(attention, o))), None)
@@ -182,17 +185,47 @@ def _site(model: nn.Module, name: str) -> AttentionSite:
         )
     host, forward = _host(attention)
     path = f"{name}.{host}" if host else name
-    if not is_replaceable(model.get_submodule(path)):
-        raise ValueError(f"{path}: its forward was already replaced by something else; undo that first")
+    check_forwards(model, [name], replaced=False)
+    check_forwards(model, [path])
+    is_cross = bool(getattr(attention, "is_cross_attention", False))
+    kind = (base_class(attention), projections, is_cross)
+    if kind not in verdicts:
+        verdicts[kind] = _verdict(attention, projections, host, forward, is_cross)
     return AttentionSite(
         name=name,
         host=path,
         forward=forward,
         width=_width(_child(attention, output)),
         projections=projections,
-        proven=type(attention).__name__ in PROVEN,
-        is_cross=getattr(attention, "is_cross_attention", False),
+        unproven=_unproven(name, attention, verdicts[kind]),
+        is_cross=is_cross,
     )
+
+
+def _verdict(
+    attention: nn.Module,
+    projections: Projections | None,
+    host: str,
+    forward: Callable[..., Any],
+    is_cross: bool,
+) -> Verdict:
+    """What a trial call shows of an attention."""
+    if projections is None:
+        return Verdict(None, "its projections are not linear layers of a known layout")
+    part = attention.get_submodule
+    memory = tuple(map(part, projections.memory))
+    within = part(host) if host else None
+    return prove(Trial(attention, part(projections.query), memory, part(projections.output), within, forward, is_cross))
+
+
+def _unproven(name: str, attention: nn.Module, verdict: Verdict) -> str:
+    """Why X and H are not known to be where they should; a class known by name may differ only if it is told to."""
+    kind = base_class(attention).__name__
+    if verdict.holds or (verdict.holds is None and kind in PROVEN):
+        return ""
+    if kind in PROVEN:
+        refuse(f"{name}: {kind} is not what it was: {verdict.reason}")
+    return verdict.reason
 
 
 def _host(attention: nn.Module) -> tuple[str, Callable[..., Any]]:

@@ -5,7 +5,9 @@ a further term of the output projection, into which ``exp(log_scale)`` is multip
 one activation and row weight on [M, p]. Each product's part of the arithmetic is what it was; only roundings differ.
 """
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,38 @@ from fast_prompt.nn.prompt_diffusion import PromptDiffusion
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
 
+class CallState:
+    """What one call of a folded attention keeps from its first projection to its last.
+
+    Attributes:
+        source: X, or None between calls.
+        slices: what was computed from it.
+    """
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.slices: tuple[Tensor, ...] = ()
+
+
+class StateByThread(threading.local):
+    """A ``CallState`` for each thread: several may run the same module at once. Copies of it start empty."""
+
+    def __init__(self) -> None:
+        self.call = CallState()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StateByThread":
+        return StateByThread()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return StateByThread, ()
+
+
 class FoldedPromptDiffusion(nn.Module):
     """Takes over the forwards of an attention's linear layers, for inference.
 
     ``project_query`` computes all that reads X in one product and keeps the other slices until the forwards they
-    belong to ask for them within the same forward pass; ``project_output`` adds the diffusion and lets go of them.
+    belong to ask for them within the same forward pass, in the same thread; ``project_output`` adds the diffusion and
+    lets go of them.
 
     Args:
         adapter: what to merge.
@@ -53,9 +82,12 @@ class FoldedPromptDiffusion(nn.Module):
             }
         for name, value in wide.items():
             self.register_buffer(name, value, persistent=False)
-        self._source: Tensor | None = None
-        self._slices: tuple[Tensor, ...] = ()
+        self._states, self._traced = StateByThread(), CallState()
         self.eval()
+
+    def _call(self) -> CallState:
+        """The state of the call that this thread makes; while torch traces, one that it can follow."""
+        return self._traced if torch.compiler.is_compiling() else self._states.call
 
     def project_query(self, source: Tensor) -> Tensor:
         """X [..., n, d] to the queries [..., n, query width].
@@ -68,9 +100,10 @@ class FoldedPromptDiffusion(nn.Module):
                 "the model is folded, for inference only: call unfold() to train, "
                 "or run under torch.no_grad() with the model in eval mode"
             )
-        self._source = source
-        self._slices = F.linear(source, self.input_weight, self.input_bias).split(self.widths, dim=-1)
-        return self._slices[0]
+        call = self._call()
+        call.source = source
+        call.slices = F.linear(source, self.input_weight, self.input_bias).split(self.widths, dim=-1)
+        return call.slices[0]
 
     def project_key(self, source: Tensor) -> Tensor:
         """X [..., n, d] to the keys."""
@@ -82,16 +115,18 @@ class FoldedPromptDiffusion(nn.Module):
 
     def _project(self, index: int, source: Tensor) -> Tensor:
         """The slice that ``project_query`` has computed, if that was from the same ``source``."""
-        if source is self._source:
-            return self._slices[index]
+        call = self._call()
+        if source is call.source:
+            return call.slices[index]
         start = sum(self.widths[:index])
         rows = slice(start, start + self.widths[index])
         return F.linear(source, self.input_weight[rows], self.input_bias[rows])
 
     def project_output(self, heads: Tensor) -> Tensor:
         """The heads' output [..., n, value width] to Y [..., n, d]."""
-        scores = self._slices[-1]
-        self._source, self._slices = None, ()
+        call = self._call()
+        scores = call.slices[-1]
+        call.source, call.slices = None, ()
         diffusion = ACTIVATIONS[self.activation](scores)
         diffusion.mul_(ROW_WEIGHTS[self.row_weight](diffusion))
         hidden = F.linear(heads, self.output_weight, self.output_bias)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fast_prompt.nn.skip_adapter import SkipAdapter
+from fast_prompt.ops.routes import route_tensors
 from fast_prompt.ops.skip_adapter import checked_route, skip_adapter
 from fast_prompt.reference.skip_adapter import Adapter
 
@@ -67,8 +68,7 @@ def route_block(
         return adapters[max(taken, default=0)](x)
     kept = None
     if -1 in taken:
-        samples = torch.tensor([sample for sample, number in enumerate(chosen) if number < 0], device=x.device)
-        kept = block(x.index_select(0, samples), *(_compacted(each, samples, len(x)) for each in context))
+        kept = block(*(_compacted(each, chosen) for each in (x, *context)))
     parameters = adapters[0].tensors() if len(adapters) == 1 else _stacked(adapters)
     return skip_adapter(x, *parameters, None, kept, route=chosen, **adapters[0].options())
 
@@ -106,8 +106,8 @@ def _check_adapters(adapters: Sequence[SkipAdapter]) -> None:
         raise ValueError("adapters: expected adapters without experts, got a mixture of experts")
 
 
-def _compacted(value: Any, samples: Tensor, batch: int) -> Any:
-    """The given samples of a tensor [B, ...]; anything else as it is."""
-    if not isinstance(value, Tensor) or not value.dim() or len(value) != batch:
+def _compacted(value: Any, route: list[int]) -> Any:
+    """A tensor [B, ...] without the samples that take an adapter; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.dim() or len(value) != len(route):
         return value
-    return value.index_select(0, samples.to(value.device))
+    return value.index_select(0, route_tensors(route, value.device).kept)

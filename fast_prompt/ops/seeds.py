@@ -16,4 +16,4 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # made there: a copy could not be captured

@@ -10,6 +10,7 @@ from fast_prompt import reference
 from fast_prompt.backends import BACKENDS, SkipAdapterCall, choose
 from fast_prompt.ops import checks
 from fast_prompt.ops.autocast import activation_dtype, autocast
+from fast_prompt.ops.routes import route_tensors
 from fast_prompt.ops.seeds import seed_tensor
 from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
 
@@ -113,7 +114,7 @@ def skip_adapter(
     stacked = parameters if down_weight.dim() == 3 else [None if p is None else p.unsqueeze(0) for p in parameters]
     scale = None if scale is None else scale.float().reshape(-1)
     tensors = (rows, *stacked, scale, None if gates is None else gates.float(), kept)
-    routing = (None, None) if chosen is None else _on_device(chosen, x.device)
+    routing = (None, None) if chosen is None else route_tensors(chosen, x.device)
     arguments = (*tensors, *routing, seed, norm, activation, residual, float(eps), float(dropout_p), backend)
     # A custom Function costs as much as the op itself on few rows: only where a gradient may be asked for.
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -262,12 +263,6 @@ def _check_dtypes(x: Tensor, kept: Tensor | None, *parameters: Tensor | None) ->
             checks.check_dtype(name, value, (weight.dtype,), "that of down_weight")
     if kept is not None:
         checks.check_dtype("kept", kept, (x.dtype,), "that of x")
-
-
-def _on_device(route: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The route, and the samples that it keeps, int64 where x is."""
-    kept_samples = [sample for sample, number in enumerate(route) if number < 0]
-    return torch.tensor(route, device=device), torch.tensor(kept_samples, dtype=torch.int64, device=device)
 
 
 class _SkipAdapter(torch.autograd.Function):

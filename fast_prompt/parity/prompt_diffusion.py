@@ -56,6 +56,7 @@ CASES = (
     Case("one prompt", (2, 5), 32, 1),
     Case("width 1", (2, 5), 1, 3),
     Case("model width", (2, 19), 768, 40),
+    Case("many rows", (2, 145), 32, 8),
     Case("p 200", (1, 67), 96, 200),
     Case("p 1024", (1, 9), 64, 1024),
     Case("one row", (), 40, 12),

@@ -76,6 +76,7 @@ CASES = (
     Case("many rows", (1, 613), 32, 8),
     Case("no norm", norm="none"),
     Case("no bias", without=("down_bias", "up_bias", "norm_bias", "scale")),
+    Case("no norm, no bias", norm="none", without=("down_bias", "up_bias", "scale")),
     Case("norm after", norm="layer_after"),
     Case("norm after, no residual", (3, 7), 36, 21, norm="layer_after", residual="none", dropout_p=0.25),
     Case("RMS norm", norm="rms"),

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 # What answers in place of a module's forward: called with the module, the forward it stands before (which takes the
-# module as well), and then the call's own arguments.
+# module as well), and then the call's own arguments. They come as the caller gave them; but where all that the
+# replacement names is keyword-only, they come by name, those that were given by position too.
 Replacement = Callable[..., Any]
 
 # Class attributes of a look-alike: the class it stands for, the classes it is made of, the forwards it has besides.
@@ -48,13 +49,25 @@ def look_alike(bases: tuple[type, ...], replacements: tuple[Replacement, ...] = 
 
 def _stand_before(forward: Callable[..., Any], replacement: Replacement) -> Callable[..., Any]:
     """``replacement`` with ``forward`` at hand; its signature is the old one and its own keyword-only parameters."""
+    names = _positional(forward)[1:] if _wants_names(replacement) else []
 
     @functools.wraps(forward)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return replacement(self, forward, *args, **kwargs)
+        return replacement(self, forward, *args[len(names) :], **dict(zip(names, args, strict=False)), **kwargs)
 
     replaced.__signature__ = _joined(inspect.signature(forward), inspect.signature(replacement))  # type: ignore[attr-defined]
     return replaced
+
+
+def _wants_names(replacement: Replacement) -> bool:
+    takes_more = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(replacement).parameters.values())
+    return not takes_more and len(_positional(replacement)) == len(("self", "forward"))
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that may be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _joined(old: inspect.Signature, new: inspect.Signature) -> inspect.Signature:

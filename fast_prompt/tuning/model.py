@@ -32,6 +32,7 @@ from fast_prompt.tuning.state import (
     check_fit,
     copy_into,
     describe_base,
+    listing,
     tensors_in,
     tensors_of,
 )
@@ -103,13 +104,21 @@ def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
     return model
 
 
+class ActiveAdapters(list[str]):
+    """Names of adapters: an attribute in PEFT, a method's result in ``transformers``."""
+
+    def __call__(self) -> list[str]:
+        """The same names."""
+        return list(self)
+
+
 class FastPromptModel(nn.Module):
     """The methods that ``get_fast_prompt_model`` adds to a model; not made by calling it.
 
     Attributes:
         adapter_configs: each adapter's config, by the adapter's name.
         active_adapter: name of the adapter in use (while adapters are not disabled).
-        active_adapters: the same name in a list, as PEFT has it.
+        active_adapters: the same name in a list, as PEFT has it; it may be called, as ``transformers`` has it.
         targeted_module_names: paths of the attention modules that the active adapter adapts.
         is_folded: whether ``fold()`` is in effect.
     """
@@ -127,9 +136,9 @@ class FastPromptModel(nn.Module):
         return self._fast_prompt.active
 
     @property
-    def active_adapters(self) -> list[str]:
-        """Name of the adapter in use, in a list."""
-        return [self._fast_prompt.active]
+    def active_adapters(self) -> "ActiveAdapters":
+        """Name of the adapter in use, in a list; none while adapters are disabled."""
+        return ActiveAdapters([self._fast_prompt.active] if self._fast_prompt.enabled else [])
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -197,17 +206,38 @@ class FastPromptModel(nn.Module):
         with self._disabled():
             yield
 
+    def disable_adapters(self) -> None:
+        """As ``disable_adapter``, until ``enable_adapters``; under this name ``transformers`` has it.
+
+        Raises:
+            RuntimeError: the model is folded, or compacted.
+        """
+        self._refuse_while_folded("disable the adapters")
+        self._refuse_if_compacted("disable_adapters")
+        self._enable(False)
+
+    def enable_adapters(self) -> None:
+        """Undo ``disable_adapters``; nothing happens where adapters are enabled.
+
+        Raises:
+            RuntimeError: the model is folded.
+        """
+        self._refuse_while_folded("enable the adapters")
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        self._fast_prompt.enabled = enabled
+        self._use_active()
+
     @contextmanager
     def _disabled(self) -> Iterator[None]:
         """As ``disable_adapter``, for work that runs nothing."""
         enabled = self._fast_prompt.enabled
-        self._fast_prompt.enabled = False
-        self._use_active()
+        self._enable(False)
         try:
             yield
         finally:
-            self._fast_prompt.enabled = enabled
-            self._use_active()
+            self._enable(enabled)
 
     def revert(self) -> nn.Module:
         """Take every adapter out and give the model back as it was, bit for bit: class, weights, flags, modes.
@@ -256,7 +286,7 @@ class FastPromptModel(nn.Module):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         selected_adapters: list[str] | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> None:
         """Save adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, replaced whole or not at all.
 
@@ -271,8 +301,13 @@ class FastPromptModel(nn.Module):
             state_dict: the model's state, where it must be gathered first; the model's own by default.
             selected_adapters: names of the adapters to save; all by default. The one in use, or else the first, goes
                 into ``save_directory`` itself.
-            kwargs: accepted for ``transformers``' sake and ignored.
+            others: arguments of ``transformers`` and PEFT, with the values that ask for nothing more
+                (``push_to_hub=False``).
+
+        Raises:
+            ValueError: there is no such adapter, or one of ``others`` asks for what is not done here.
         """
+        _refuse_wishes(others)
         names = list(self._fast_prompt.configs) if selected_adapters is None else list(selected_adapters)
         for name in names:
             self._check_known(name)
@@ -319,21 +354,40 @@ class FastPromptModel(nn.Module):
             adapted.requires_grad_(False)
         return adapted
 
-    def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str, **kwargs: Any) -> None:
+    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """The tensors of an adapter, by default of the one in use, named as in its file; the very ones that train.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_known(name)
+        return tensors_of(self._parts(name))
+
+    def load_adapter(
+        self, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool | None = None
+    ) -> None:
         """Load a saved adapter as ``adapter_name``: a new one, or new values for one that has the same settings.
 
         Args:
             directory: what was given to ``save_pretrained``.
             adapter_name: a new one rests, frozen, until ``set_adapter``; the values of one that is there are replaced
                 in place, so that an optimizer goes on with them.
-            kwargs: accepted for PEFT's sake and ignored.
+            is_trainable: of the adapter in use: whether it trains from now on; as it was when None. Of another,
+                ``set_adapter`` decides, and True is refused.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is broken or foreign, or does not fit the model. The model is then unchanged.
+            ValueError: a file is broken or foreign, or does not fit the model; or ``is_trainable`` is True for an
+                adapter that is not in use. The model is then unchanged.
             RuntimeError: the model is folded.
         """
         self._refuse_while_folded("load an adapter")
+        is_active = adapter_name == self.active_adapter
+        if is_trainable and not is_active:
+            raise ValueError(
+                f"is_trainable: {adapter_name!r} would not be in use; load it, then set_adapter({adapter_name!r})"
+            )
         config, made_for = _read_config(Path(directory))
         if adapter_name in self._fast_prompt.configs:
             _check_same(self._fast_prompt.configs[adapter_name], config, adapter_name, Path(directory))
@@ -342,6 +396,9 @@ class FastPromptModel(nn.Module):
             draft = self._new_draft(adapter_name, config)
             _load_into(draft.parts(), Path(directory), made_for)
             self._attach(adapter_name, draft)
+        if is_active and is_trainable is not None:
+            for part in self._parts(adapter_name).values():
+                part.requires_grad_(is_trainable)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``; the contents of an adapter's file go to the adapter in use.
@@ -375,7 +432,8 @@ class FastPromptModel(nn.Module):
 
         Raises:
             RuntimeError: the model is in training mode, or its adapters are disabled.
-            ValueError: an attention cannot be folded exactly; the message says which and why. Nothing has changed then.
+            ValueError: an attention cannot be folded exactly (the message says which and why), or the adapter holds
+                NaN or infinity. Nothing has changed then.
         """
         if self.is_folded:
             return self
@@ -385,6 +443,9 @@ class FastPromptModel(nn.Module):
         if not state.enabled:
             raise RuntimeError("fold: the adapters are disabled here")
         config, name = state.configs[state.active], state.active
+        broken = [key for key, value in self.get_adapter_state_dict().items() if not value.isfinite().all()]
+        if broken:
+            raise ValueError(f"fold: the adapter {name!r} holds NaN or infinity: {listing(broken)}")
         drafts = [(site, config.fold(self, site, self._adapters(site)[name])) for site in state.sites[name]]
         merged = [(site, folded) for site, folded in drafts if folded is not None]
         if not merged:
@@ -547,6 +608,26 @@ class FastPromptModel(nn.Module):
             raise RuntimeError(
                 f"{action}: compact() has dropped the weights of {', '.join(dropped)}, which the model would need "
                 "without its adapter; load the model anew"
+            )
+
+
+# Arguments of other libraries' save_pretrained, with the values that ask for nothing but what is done.
+NO_WISHES: dict[str, tuple[Any, ...]] = {
+    "push_to_hub": (False, None),
+    "safe_serialization": (True, None),
+    "save_embedding_layers": ("auto", False),
+    "save_peft_format": (True,),
+    "token": (None,),
+    "variant": (None,),
+}
+
+
+def _refuse_wishes(others: Mapping[str, Any]) -> None:
+    for name, value in others.items():
+        if name not in NO_WISHES or not any(value is each or value == each for each in NO_WISHES[name]):
+            raise ValueError(
+                f"save_pretrained: {name}={value!r} is not supported: it writes an adapter's config and weights, as "
+                "safetensors, into a directory"
             )
 
 

@@ -69,12 +69,6 @@ def program_rows(rows, rows_per_sample, row_blocks, BY_SAMPLE: tl.constexpr, BLO
 
 
 @triton.jit
-def at(pointer, offset, GIVEN: tl.constexpr):
-    """``pointer + offset``, of a tensor that may be missing."""
-    return pointer + offset if GIVEN else pointer
-
-
-@triton.jit
 def activate(h, ACTIVATION: tl.constexpr):
     """The activation of a float32 tile."""
     if ACTIVATION == "relu":
@@ -286,9 +280,16 @@ def adapt_rows(
 ):  # fmt: skip
     """Adapter ``index`` on rows ``source + offsets``, its result to ``target``."""
     up_weight += index * d * w
-    up_bias = at(up_bias, index * d, UP_BIASED)
-    norm_weight = at(norm_weight, index * d, NORM != "none")
-    norm_bias = at(norm_bias, index * d, NORM_BIASED)
+    if UP_BIASED:
+        up_bias += index * d
+    if NORM != "none":
+        norm_weight += index * d
+    if NORM_BIASED:
+        norm_bias += index * d
+    if NORM == "layer":
+        column_sums += index * w
+    if DOWN_BIASED:
+        down_bias += index * w
     factor = tl.load(scale + index) if SCALED else 1.0
     if FROM_HIDDEN:
         sums = ()
@@ -301,8 +302,7 @@ def adapt_rows(
             source, offsets, valid, down_weight + index * w * d, d, w, eps, NORM, BLOCK_M, BLOCK_D, BLOCK_W, CHUNKS
         )
     tiles = activated_tiles(
-        sums, hidden, row, valid, shift, inverse, at(column_sums, index * w, NORM == "layer"),
-        at(down_bias, index * w, DOWN_BIASED), w, first_row, seed, threshold, keep_scale,
+        sums, hidden, row, valid, shift, inverse, column_sums, down_bias, w, first_row, seed, threshold, keep_scale,
         NORM, ACTIVATION, DROPOUT, DOWN_BIASED, KEEP_HIDDEN, FROM_HIDDEN, BLOCK_W, CHUNKS, target.dtype.element_ty,
     )  # fmt: skip
     mean = center + shift
@@ -346,7 +346,8 @@ def forward_kernel(
         index = tl.load(route + sample)
         if index < 0:
             return
-    gates = at(gates, sample * experts, MIXED)
+    if MIXED:
+        gates += sample * experts
     if DROPOUT:
         seed = tl.load(seed)
     offsets = row_offsets(row, rows_per_sample, x_stride_batch, x_stride_row, X_FLAT)
@@ -363,7 +364,8 @@ def forward_kernel(
             x = output
             offsets = row * d
             output += output_stride
-            hidden = at(hidden, rows * w, KEEP_HIDDEN or FROM_HIDDEN)
+            if KEEP_HIDDEN or FROM_HIDDEN:
+                hidden += rows * w
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from fast_prompt_kernels.skip_adapter import (
     Parameters,
     Plan,
     activated_tiles,
-    at,
     dropped,
     hidden_blocks,
     load_up,
@@ -253,13 +252,23 @@ def row_gradient_kernel(
             return
     if DROPOUT:
         seed = tl.load(seed)
-    gates = at(gates, sample * experts, MIXED)
-    up_bias = at(up_bias, index * d, UP_BIASED)
-    norm_weight = at(norm_weight, index * d, NORM != "none")
-    norm_weight_sums = at(norm_weight_sums, program * d, NEED_NORM)
-    norm_bias_sums = at(norm_bias_sums, program * d, NEED_NORM)
-    hidden_sums = at(hidden_sums, program * w, NEED_DOWN_BIAS)
-    products = at(products, program * experts, NEED_PRODUCTS)
+    if MIXED:
+        gates += sample * experts
+    if UP_BIASED:
+        up_bias += index * d
+    if NORM != "none":
+        norm_weight += index * d
+    if NORM == "layer":
+        column_sums += index * w
+    if NORM == "layer" or NORM == "rms":
+        constants += index * w
+    if NEED_NORM:
+        norm_weight_sums += program * d
+        norm_bias_sums += program * d
+    if NEED_DOWN_BIAS:
+        hidden_sums += program * w
+    if NEED_PRODUCTS:
+        products += program * experts
     up_weight += index * d * w
     factor = tl.load(scale + index) if SCALED else 1.0
     offsets = row_offsets(row, rows_per_sample, x_stride_batch, x_stride_row, X_FLAT)
@@ -298,8 +307,7 @@ def row_gradient_kernel(
             tl.store(row_mean + row, mean, mask=valid)
             tl.store(row_inverse + row, inverse, mask=valid)
     gradient_tiles, total, product = hidden_gradient_tiles(
-        hidden_gradient, hidden_sums, sums, hidden, row, valid, factor,
-        at(column_sums, index * w, NORM == "layer"), at(constants, index * w, NORM == "layer" or NORM == "rms"), w,
+        hidden_gradient, hidden_sums, sums, hidden, row, valid, factor, column_sums, constants, w,
         first_row, seed, threshold, keep_scale,
         NORM, ACTIVATION, DROPOUT, NEED_DOWN, NEED_DOWN_BIAS, BLOCK_M, BLOCK_W, CHUNKS,
     )  # fmt: skip

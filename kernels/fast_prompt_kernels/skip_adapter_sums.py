@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fast_prompt_kernels.skip_adapter import activate, at, dropped, normed_tile
+from fast_prompt_kernels.skip_adapter import activate, dropped, normed_tile
 from fast_prompt_kernels.tiles import Tile, dot, load_tile, round_to, row_offsets, store_tile
 
 
@@ -49,6 +49,10 @@ def weight_gradient_kernel(
     dtype: tl.constexpr = tensor.dtype.element_ty
     if DROPOUT and UP:
         seed = tl.load(seed)
+    if NORMED:
+        norm_weight += index * d
+        if NORM_BIASED:
+            norm_bias += index * d
     total = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
     bias_total = tl.zeros([BLOCK_D], tl.float32)
     end = tl.minimum((split + 1) * rows_per_split, rows)
@@ -71,8 +75,7 @@ def weight_gradient_kernel(
         if NORMED:
             mean = tl.load(row_mean + row, mask=valid, other=0.0)
             inverse = tl.load(row_inverse + row, mask=valid, other=0.0)
-            bias = at(norm_bias, index * d, NORM_BIASED)
-            b = round_to(normed_tile(b, mean, inverse, norm_weight + index * d, bias, lane, d, NORM_BIASED), dtype)
+            b = round_to(normed_tile(b, mean, inverse, norm_weight, norm_bias, lane, d, NORM_BIASED), dtype)
         if NEED_BIAS:
             bias_total += tl.sum(b.to(tl.float32) * gate[:, None], axis=0)
         if NEED_WEIGHT:

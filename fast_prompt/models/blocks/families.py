@@ -1,15 +1,21 @@
 """The architectures whose blocks can be skipped: one row each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fast_prompt.models.attention import RESIDUAL_CHILD, normed_output_forward
 from fast_prompt.models.blocks import forwards
 from fast_prompt.models.blocks.skip import SKIP_CHILD
-from fast_prompt.tuning.classes import Replacement, is_replaceable
+from fast_prompt.models.contract import check_forwards, refuse
+from fast_prompt.models.proof import prove_equal
+from fast_prompt.tuning.classes import Replacement, base_class
 from fast_prompt.tuning.site import Site
+
+# What computes a block from its forward's arguments, given by keyword after the block.
+Sublayers = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class BlockFamily:
         norm: the block's first norm, as a path in it; as wide as the block.
         skip: the adapter in the place of a skipped block.
         kept: the parallel adapters of a kept block; those whose host a block lacks are left out.
+        sublayers: what computes a kept block in place of its own forward; None where that runs.
         alone: whether blocks of other families in the same model stay as they are.
     """
 
@@ -49,13 +56,14 @@ class BlockFamily:
     norm: str
     skip: Place
     kept: tuple[Place, ...]
+    sublayers: Sublayers | None = None
     alone: bool = False
 
 
-def _pre_norm(forward: Replacement) -> tuple[Place, tuple[Place, ...]]:
-    """The places of a pre-LN block whose forward is replaced whole."""
+def _pre_norm(forward: Replacement, sublayers: Sublayers) -> tuple[Place, tuple[Place, ...], Sublayers]:
+    """The places of a pre-LN block whose forward is replaced whole, and what computes it then."""
     children = (forwards.ATTENTION_CHILD, forwards.MLP_CHILD)
-    return Place("", SKIP_CHILD, forward), tuple(Place("", child, forward) for child in children)
+    return Place("", SKIP_CHILD, forward), tuple(Place("", child, forward) for child in children), sublayers
 
 
 # BERT's post-LN sublayers; the adapter of an attention lies within its LayerNorm, that of the second half outside it.
@@ -69,9 +77,11 @@ _BERT_SKIP = Place("", SKIP_CHILD, forwards.skippable_forward)
 FAMILIES = (
     BlockFamily("METER", ("MeterFusionLayer",), "attention.output.LayerNorm", _BERT_SKIP, _POST_NORM, alone=True),
     BlockFamily("BERT", ("BertLayer", "RobertaLayer"), "attention.output.LayerNorm", _BERT_SKIP, _POST_NORM),
-    BlockFamily("ViLT", ("ViltLayer",), "layernorm_before", *_pre_norm(forwards.vilt_forward)),
-    BlockFamily("ViT", ("ViTLayer",), "layernorm_before", *_pre_norm(forwards.vit_forward)),
-    BlockFamily("CLIP", ("CLIPEncoderLayer",), "layer_norm1", *_pre_norm(forwards.clip_forward)),
+    BlockFamily("ViLT", ("ViltLayer",), "layernorm_before", *_pre_norm(forwards.vilt_forward, forwards.vilt_sublayers)),
+    BlockFamily("ViT", ("ViTLayer",), "layernorm_before", *_pre_norm(forwards.vit_forward, forwards.vit_sublayers)),
+    BlockFamily(
+        "CLIP", ("CLIPEncoderLayer",), "layer_norm1", *_pre_norm(forwards.clip_forward, forwards.clip_sublayers)
+    ),
     BlockFamily(
         "LLaMA",
         ("LlamaDecoderLayer",),
@@ -127,14 +137,19 @@ class Block:
         return self._site(model, self.family.skip)
 
     def kept_sites(self, model: nn.Module) -> list[BlockSite]:
-        """Where its parallel adapters go; ValueError where another tool has replaced a forward."""
-        names = {name for name, _ in model.get_submodule(self.path).named_modules()}
+        """Where its parallel adapters go; ValueError where a forward is another tool's, or not what it was."""
+        block = model.get_submodule(self.path)
+        if self.family.sublayers is not None:
+            verdict = prove_equal(block, self.family.sublayers, self.width)
+            if verdict.holds is False:
+                refuse(f"{self.path}: {base_class(block).__name__} is not what it was: {verdict.reason}")
+        names = {name for name, _ in block.named_modules()}
         return [self._site(model, place) for place in self.family.kept if place.path in names]
 
     def _site(self, model: nn.Module, place: Place) -> BlockSite:
         host = f"{self.path}.{place.path}" if place.path else self.path
-        if not is_replaceable(model.get_submodule(host)):
-            raise ValueError(f"{host}: its forward was already replaced by something else; undo that first")
+        check_forwards(model, [self.path], replaced=False)
+        check_forwards(model, [host])
         return BlockSite(
             name=host,
             host=host,

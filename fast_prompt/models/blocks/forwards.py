@@ -1,7 +1,8 @@
 """The forwards of blocks that are skipped, or kept beside parallel adapters.
 
 A parallel adapter reads what its sublayer reads before any norm, and is computed together with the residual:
-``x + ad(x)`` is one pass, to which the sublayer's result is added.
+``x + ad(x)`` is one pass, to which the sublayer's result is added. For that, a pre-LN block's sublayers are called from
+here; without adapters they must give what the block's own forward gives, which a trial call checks.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fast_prompt.models.blocks.skip import adapter_in_place
+from fast_prompt.models.cache import cache_in
 from fast_prompt.tuning.adapters import at_site
 from fast_prompt.tuning.site import CHILD
 
@@ -20,71 +22,67 @@ PARALLEL_CHILD = f"{CHILD}_parallel"
 AFTER_CHILD = f"{CHILD}_after"
 
 
-def skippable_forward(
-    self: Any,
-    forward: Callable[..., Tensor],
-    hidden_states: Tensor,
-    *args: Any,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> Tensor:
+def skippable_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The forward of a block that returns its hidden states alone; what it keeps of adapters is deeper inside."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return adapter.replace(hidden_states, past_key_values)
-    if past_key_values is not None:
-        kwargs["past_key_values"] = past_key_values
-    return forward(self, hidden_states, *args, **kwargs)
+        return adapter.replace(hidden_states, cache_in(kwargs))
+    return forward(self, hidden_states=hidden_states, **kwargs)
 
 
 def vilt_forward(
     self: Any,
     forward: Callable[..., tuple[Any, ...]],
+    *,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
     output_attentions: bool = False,
+    **kwargs: Any,
 ) -> tuple[Any, ...]:
     """The forward of ViLT's block, pre-LN; it returns a tuple."""
     adapter = adapter_in_place(self)
     if adapter is not None:
         return (adapter.replace(hidden_states), *((None,) if output_attentions else ()))
-    if not _has_parallel(self):
-        return forward(self, hidden_states, attention_mask, output_attentions)
-    attended, *weights = self.attention(self.layernorm_before(hidden_states), attention_mask, output_attentions)
+    run = vilt_sublayers if _has_parallel(self) else forward
+    return run(self, hidden_states=hidden_states, output_attentions=output_attentions, **kwargs)
+
+
+def vilt_sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+    """The sublayers of ViLT's block, each beside its adapter."""
+    attended, *weights = self.attention(self.layernorm_before(hidden_states), **kwargs)
     hidden_states = attended + at_site(self, ATTENTION_CHILD, hidden_states).to(attended.device)
     wide = self.intermediate(self.layernorm_after(hidden_states))
     return (self.output(wide, at_site(self, MLP_CHILD, hidden_states)), *weights)
 
 
-def vit_forward(
-    self: Any,
-    forward: Callable[..., Tensor],
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
+def vit_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The forward of ViT's block, pre-LN."""
     adapter = adapter_in_place(self)
     if adapter is not None:
         return adapter.replace(hidden_states)
-    if not _has_parallel(self):
-        return forward(self, hidden_states, attention_mask, **kwargs)
-    attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+    run = vit_sublayers if _has_parallel(self) else forward
+    return run(self, hidden_states=hidden_states, **kwargs)
+
+
+def vit_sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The sublayers of ViT's block, each beside its adapter."""
+    attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
     hidden_states = self.dropout(attended) + at_site(self, ATTENTION_CHILD, hidden_states)
     wide = self.mlp(self.layernorm_after(hidden_states))
     return self.dropout(wide) + at_site(self, MLP_CHILD, hidden_states)
 
 
-def clip_forward(
-    self: Any, forward: Callable[..., Tensor], hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Tensor:
+def clip_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The forward of a block of either CLIP tower, pre-LN."""
     adapter = adapter_in_place(self)
     if adapter is not None:
         return adapter.replace(hidden_states)
-    if not _has_parallel(self):
-        return forward(self, hidden_states, attention_mask, **kwargs)
-    attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+    run = clip_sublayers if _has_parallel(self) else forward
+    return run(self, hidden_states=hidden_states, **kwargs)
+
+
+def clip_sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The sublayers of CLIP's block, each beside its adapter."""
+    attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **kwargs)
     hidden_states = at_site(self, ATTENTION_CHILD, hidden_states) + attended
     return at_site(self, MLP_CHILD, hidden_states) + self.mlp(self.layer_norm2(hidden_states))
 

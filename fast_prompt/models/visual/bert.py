@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fast_prompt.models.visual.call import VisualPrompts, check_length
+from fast_prompt.models.visual.call import VisualPrompts, check_length, text_in
 from fast_prompt.models.visual.masks import add_keys, add_queries
 from fast_prompt.models.visual.prompter import pool_first
 
@@ -20,7 +20,7 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
     """
     config = model.get_submodule(prompts.prompter.stack).config
     offset = 0 if config.model_type == "bert" else config.pad_token_id + 1
-    text = inputs["input_ids"] if inputs["input_ids"] is not None else inputs.get("inputs_embeds")
+    text = text_in(inputs)
     if text is not None:
         check_length(text.shape[1], config.max_position_embeddings - offset, "tokens")
 
@@ -28,20 +28,21 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
 def block_forward(
     self: Any,
     forward: Callable[..., Tensor],
+    *,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
-    *args: Any,
     visual_prompts: VisualPrompts | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """A block's forward: prompts enter before block K, stay in the later ones, and leave after the last."""
     layer = self.attention.self.layer_idx
     if visual_prompts is None or layer < visual_prompts.prompter.layer:
-        return forward(self, hidden_states, attention_mask, *args, **kwargs)
+        return forward(self, hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
     if layer == visual_prompts.prompter.layer:
         hidden_states = visual_prompts.enter(hidden_states, hidden_states)
     mask = add_queries(add_keys(attention_mask, visual_prompts.number), visual_prompts.number)
-    return visual_prompts.leave(forward(self, hidden_states, mask, *args, **kwargs), layer)
+    output = forward(self, hidden_states=hidden_states, attention_mask=mask, **kwargs)
+    return visual_prompts.leave(output, layer)
 
 
 def read_out(hidden: Tensor, mask: Tensor | None) -> Tensor:

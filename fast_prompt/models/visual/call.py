@@ -1,5 +1,6 @@
 """One call of a model with visual prompts: what its forward checks, and hands on to the blocks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,11 @@ def check_visual(embeds: object, mask: object, batch: int, width: int) -> tuple[
             f"visual_attention_mask: expected shape {list(embeds.shape[:2])} (as visual_embeds), got {list(mask.shape)}"
         )
     return embeds, mask == 0
+
+
+def text_in(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The text among a forward's arguments: ids [B, n] or embeddings [B, n, d]; None where neither came."""
+    return next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
 
 
 def check_length(length: int, limit: int, meaning: str) -> None:

@@ -21,7 +21,7 @@ def adapt_before(self: Any, forward: Callable[..., Tensor], x: Tensor) -> Tensor
     return forward(self, self.fast_prompt(x))
 
 
-def as_given(_: Any, __: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+def as_given(_: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs, unchanged."""
     return inputs
 
@@ -60,7 +60,7 @@ class Family:
     read_out: Callable[[Tensor, Tensor | None], Tensor]
     decodes: bool = False
     drop_visual: Replacement | None = None
-    answer_inputs: Callable[[Any, Tensor | None, dict[str, Any]], dict[str, Any]] = as_given
+    answer_inputs: Callable[[Any, dict[str, Any]], dict[str, Any]] = as_given
 
 
 FAMILIES = (

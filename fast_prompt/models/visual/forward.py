@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fast_prompt.models.cache import cache_in
 from fast_prompt.models.visual.call import VisualPrompts, check_visual
 from fast_prompt.models.visual.families import family_called
 from fast_prompt.tuning.site import CHILD
@@ -16,26 +17,21 @@ BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_em
 def visual_forward(
     self: Any,
     forward: Callable[..., Any],
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    *args: Any,
+    *,
     visual_embeds: Tensor | None = None,
     visual_attention_mask: Tensor | None = None,
-    **kwargs: Any,
+    **inputs: Any,
 ) -> Any:
     """A model's forward with the features of an image.
 
     Args:
         self: the adapted model; while its adapter is disabled, the features are ignored.
         forward: the model's own.
-        input_ids: [B, n].
-        attention_mask: [B, n], 1 = real token, or None.
-        args: the forward's further arguments.
-        visual_embeds: [B, Nv, d_v] floating point; the visual tokens. Not needed where ``past_key_values`` hold the
-            prompts already.
+        visual_embeds: [B, Nv, d_v] floating point; the visual tokens. Not needed where the key-value cache holds
+            the prompts already.
         visual_attention_mask: [B, Nv] bool or whole numbers, 1 = real token, or None where all are real. The prompts of
             a sample without a real one are 0 (and their type embedding).
-        kwargs: the forward's further arguments.
+        inputs: the forward's own arguments.
 
     Returns:
         what the model returns. Its last hidden state holds the text's n tokens; the hidden states before it, from block
@@ -43,20 +39,19 @@ def visual_forward(
     """
     prompter = getattr(self, CHILD).in_use()
     if prompter is None:
-        return forward(self, input_ids, attention_mask, *args, **kwargs)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-    prompts = VisualPrompts(prompter, None, None, _two_dimensional(attention_mask))
-    prompts.cached = _past(inputs.get("past_key_values")) > 0
+        return forward(self, **inputs)
+    prompts = VisualPrompts(prompter, None, None, _two_dimensional(inputs.get("attention_mask")))
+    prompts.cached = _past(cache_in(inputs)) > 0
     if not prompts.cached:
         batch = _batch(inputs, visual_embeds)
         prompts.visual, prompts.padding = check_visual(
             visual_embeds, visual_attention_mask, batch, prompter.visual_width
         )
+        input_ids = inputs.get("input_ids")
         if prompter.answer_token_id is not None and input_ids is not None:
             prompts.marker = input_ids == prompter.answer_token_id
     family_called(prompter.family).prepare(self, prompts, inputs)
-    input_ids, attention_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-    return forward(self, input_ids, attention_mask, *args, visual_prompts=prompts, **inputs)
+    return forward(self, visual_prompts=prompts, **inputs)
 
 
 def _two_dimensional(mask: Tensor | None) -> Tensor | None:

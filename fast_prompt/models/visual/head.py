@@ -51,13 +51,20 @@ class AnswerHead(nn.Module):
 def answer_forward(
     self: Any,
     forward: Callable[..., Any],
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    *args: Any,
+    *,
     labels: Tensor | None = None,
-    **kwargs: Any,
+    num_items_in_batch: Tensor | int | None = None,
+    **inputs: Any,
 ) -> Any:
     """A backbone's forward that ends in the answer head.
+
+    Args:
+        self: the adapted model.
+        forward: the model's own.
+        labels: whole numbers [B], or scores [B, answers].
+        num_items_in_batch: how many labels there are in all steps of a batch whose gradients ``Trainer`` accumulates;
+            the loss is then the sum over this step divided by it, else this step's mean.
+        inputs: the forward's own arguments.
 
     Returns:
         a ``SequenceClassifierOutput``: logits [B, answers], and the loss where ``labels`` came: cross-entropy for
@@ -65,15 +72,15 @@ def answer_forward(
     """
     head = getattr(self, HEAD_CHILD).in_use()
     if head is None:
-        return forward(self, input_ids, attention_mask, *args, **kwargs)
+        given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+        return forward(self, **inputs, **{name: value for name, value in given.items() if value is not None})
     family = family_called(head.family)
     if labels is not None:
         check_labels(labels, head.classifier.out_features)
-    return_dict = kwargs.pop("return_dict", None)
-    kwargs = family.answer_inputs(self, input_ids, kwargs)
-    output = forward(self, input_ids, attention_mask, *args, return_dict=True, **kwargs)
-    logits = head(family.read_out(output[0], attention_mask))
-    loss = None if labels is None else answer_loss(logits, labels)
+    return_dict = inputs.pop("return_dict", None)
+    output = forward(self, **family.answer_inputs(self, inputs), return_dict=True)
+    logits = head(family.read_out(output[0], inputs.get("attention_mask")))
+    loss = None if labels is None else answer_loss(logits, labels, num_items_in_batch)
     answer = head.output_class(
         loss=loss,
         logits=logits,
@@ -92,8 +99,18 @@ def check_labels(labels: Tensor, num_answers: int) -> None:
         )
 
 
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of whole numbers; binary cross-entropy of scores, times the number of answers."""
+def answer_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of whole numbers; binary cross-entropy of scores, times the number of answers.
+
+    Args:
+        logits: [B, answers].
+        labels: whole numbers [B], or scores [B, answers].
+        num_items: the sum over all labels is divided by it; by default the mean is taken.
+    """
+    reduction = "mean" if num_items is None else "sum"
     if labels.is_floating_point():
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)) * logits.shape[-1]
-    return F.cross_entropy(logits, labels)
+        scores = labels.to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, scores, reduction=reduction) * logits.shape[-1]
+    else:
+        loss = F.cross_entropy(logits, labels, reduction=reduction)
+    return loss if num_items is None else loss / num_items

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast_prompt.models.visual.call import VisualPrompts, check_length
+from fast_prompt.models.cache import cache_in
+from fast_prompt.models.visual.call import VisualPrompts, check_length, text_in
 from fast_prompt.models.visual.masks import add_causal_queries, add_keys
 from fast_prompt.models.visual.prompter import first_real, pool_last
 
@@ -24,12 +25,14 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         inputs: the forward's arguments by name.
 
     Raises:
-        ValueError: text and prompts together are longer than the model's limit; the cache was filled without prompts;
-            or the labels lie in the text that the query is pooled from.
+        ValueError: no text came; text and prompts together are longer than the model's limit; the cache was filled
+            without prompts; or the labels lie in the text that the query is pooled from.
     """
     prompter, stack = prompts.prompter, model.get_submodule(prompts.prompter.stack)
-    text = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-    (batch, length), cache = text.shape[:2], inputs.get("past_key_values")
+    text = text_in(inputs)
+    if text is None:
+        raise ValueError("input_ids: expected the text, or its embeddings as inputs_embeds, got neither")
+    (batch, length), cache = text.shape[:2], cache_in(inputs)
     _check_labels(prompts, inputs.get("labels"), length)
     past = _past(prompts, cache)
     check_length(past + length + prompts.number, stack.config.max_position_embeddings, "tokens, prompts included,")
@@ -44,7 +47,7 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         prompts.place = tuple(each[:, : prompts.number] for each in angles)
     elif prompter.layer == 0:
         # The model makes its mask as long as the first block's cache, which holds the prompts too.
-        inputs["attention_mask"] = add_keys(inputs["attention_mask"], prompts.number)
+        inputs["attention_mask"] = add_keys(inputs.get("attention_mask"), prompts.number)
 
 
 def _past(prompts: VisualPrompts, cache: Any) -> int:
@@ -72,28 +75,34 @@ def _check_labels(prompts: VisualPrompts, labels: Tensor | None, length: int) ->
 def block_forward(
     self: Any,
     forward: Callable[..., Tensor],
+    *,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
-    *args: Any,
-    visual_prompts: VisualPrompts | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
+    visual_prompts: VisualPrompts | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """A block's forward: prompts enter before block K, stay in the later ones, and leave after the last."""
     layer = self.self_attn.layer_idx
-    if visual_prompts is None or layer < visual_prompts.prompter.layer:
-        return forward(self, hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
-    number, cached = visual_prompts.number, visual_prompts.cached
-    if layer == visual_prompts.prompter.layer:
-        hidden_states = visual_prompts.enter(hidden_states, hidden_states)
-    if not cached:
-        assert position_embeddings is not None
-        attention_mask = add_causal_queries(add_keys(attention_mask, number), number)
-        position_embeddings = _with_prompts(visual_prompts.place, position_embeddings)
-    elif visual_prompts.prompter.layer > 0:
-        attention_mask = add_keys(attention_mask, number)
-    output = forward(self, hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
-    return visual_prompts.leave(output, layer)
+    enters = visual_prompts is not None and layer >= visual_prompts.prompter.layer
+    if enters:
+        assert visual_prompts is not None
+        if layer == visual_prompts.prompter.layer:
+            hidden_states = visual_prompts.enter(hidden_states, hidden_states)
+        if not visual_prompts.cached:
+            assert position_embeddings is not None
+            attention_mask = add_causal_queries(add_keys(attention_mask, visual_prompts.number), visual_prompts.number)
+            position_embeddings = _with_prompts(visual_prompts.place, position_embeddings)
+        elif visual_prompts.prompter.layer > 0:
+            attention_mask = add_keys(attention_mask, visual_prompts.number)
+    output = forward(
+        self,
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    return visual_prompts.leave(output, layer) if enters and visual_prompts is not None else output
 
 
 def _with_prompts(prompts: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast_prompt.models.visual.call import VisualPrompts
+from fast_prompt.models.cache import cache_in
+from fast_prompt.models.visual.call import VisualPrompts, text_in
 from fast_prompt.models.visual.masks import add_keys, add_queries, causal
 
 
@@ -33,49 +34,29 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
 def block_forward(
     self: Any,
     forward: Callable[..., Any],
+    *,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    encoder_decoder_position_bias: Tensor | None = None,
-    past_key_values: Any = None,
     visual_prompts: VisualPrompts | None = None,
     **kwargs: Any,
 ) -> Any:
     """A decoder block's forward: prompts enter before block K, stay in the later ones, and leave after the last."""
-    attention = self.layer[0].SelfAttention
-    if visual_prompts is not None and attention.layer_idx >= visual_prompts.prompter.layer:
-        layer, number, cached = attention.layer_idx, visual_prompts.number, visual_prompts.cached
-        enters = layer == visual_prompts.prompter.layer
-        if enters:
-            assert encoder_hidden_states is not None
-            hidden_states = visual_prompts.enter(hidden_states, encoder_hidden_states)
-            encoder_decoder_position_bias = None
-        if enters and layer > 0:
-            position_bias = _relative_bias(visual_prompts, hidden_states, past_key_values, layer)
-        if not cached:
-            if attention_mask is None:
-                attention_mask = causal(hidden_states.shape[1] - number, hidden_states.device)
-            attention_mask = add_queries(add_keys(attention_mask, number), number)
-            attention_mask = _full(attention_mask, hidden_states.shape[1])
-            encoder_attention_mask = add_queries(encoder_attention_mask, number)
-        elif visual_prompts.prompter.layer > 0:
-            attention_mask = add_keys(attention_mask, number)
-    output = forward(
-        self,
-        hidden_states,
-        attention_mask,
-        position_bias,
-        encoder_hidden_states,
-        encoder_attention_mask,
-        encoder_decoder_position_bias,
-        past_key_values=past_key_values,
-        **kwargs,
-    )
-    if visual_prompts is None:
-        return output
-    return (visual_prompts.leave(output[0], attention.layer_idx), *output[1:])
+    layer = self.layer[0].SelfAttention.layer_idx
+    if visual_prompts is None or layer < visual_prompts.prompter.layer:
+        return forward(self, hidden_states=hidden_states, **kwargs)
+    mask, number = kwargs.get("attention_mask"), visual_prompts.number
+    if layer == visual_prompts.prompter.layer:
+        hidden_states = visual_prompts.enter(hidden_states, kwargs["encoder_hidden_states"])
+        kwargs["encoder_decoder_position_bias"] = None
+        if layer > 0:
+            kwargs["position_bias"] = _relative_bias(visual_prompts, hidden_states, cache_in(kwargs), layer)
+    if not visual_prompts.cached:
+        mask = causal(hidden_states.shape[1] - number, hidden_states.device) if mask is None else mask
+        mask = _full(add_queries(add_keys(mask, number), number), hidden_states.shape[1])
+        kwargs["encoder_attention_mask"] = add_queries(kwargs.get("encoder_attention_mask"), number)
+    elif visual_prompts.prompter.layer > 0:
+        mask = add_keys(mask, number)
+    output = forward(self, hidden_states=hidden_states, **kwargs | {"attention_mask": mask})
+    return (visual_prompts.leave(output[0], layer), *output[1:])
 
 
 def _full(mask: Tensor | None, length: int) -> Tensor | None:
@@ -102,11 +83,13 @@ def encoder_forward(
     return forward(self, *args, **kwargs)
 
 
-def answer_inputs(model: Any, input_ids: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+def answer_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Let the decoder begin with the start token, where it was given nothing to begin with."""
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
         return inputs
-    text = input_ids if input_ids is not None else inputs["inputs_embeds"]
+    text = text_in(inputs)
+    if text is None:
+        return inputs
     start = torch.full((text.shape[0], 1), model.config.decoder_start_token_id, device=text.device)
     return inputs | {"decoder_input_ids": start}
 
