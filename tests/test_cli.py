@@ -139,8 +139,9 @@ def test_interrupting_ends_quietly(capsys, monkeypatch):
 def test_info_says_of_every_backend_whether_it_exists_or_why_not(capsys):
     code, facts, _ = run_json(capsys, "info")
     assert code == 0
-    assert set(facts) == {"versions", "devices", "cpu", "backends", "build"}
+    assert set(facts) == {"versions", "devices", "cpu", "backends", "build", "transformers"}
     assert {"fast_prompt", "python", "torch", "transformers", "triton"} <= set(facts["versions"])
+    assert set(facts["transformers"]) == {"installed", "oldest", "newest", "tested", "note"}
     assert facts["devices"][0]["device"] == "cpu"
     assert set(facts["backends"]) == set(BACKENDS)
     assert facts["backends"]["reference"] == {"available": True, "reason": None}
