@@ -13,6 +13,7 @@ from fast_prompt.reference.philox import philox
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = [
+    pytest.mark.gate,
     pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable())),
     pytest.mark.usefixtures("poisoned_memory"),
 ]

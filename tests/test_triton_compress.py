@@ -15,6 +15,7 @@ from fast_prompt.reference.prompt_compress import masked_softmax, split_heads
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = [
+    pytest.mark.gate,
     pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable())),
     pytest.mark.usefixtures("poisoned_memory"),
 ]

@@ -12,6 +12,7 @@ from fast_prompt.reference import skip_adapter as reference
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = [
+    pytest.mark.gate,
     pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable())),
     pytest.mark.usefixtures("poisoned_memory"),
 ]

@@ -493,3 +493,30 @@ def test_a_broken_adapter_does_not_fold(value):
         model.eval().fold()
     assert not model.is_folded
     run(model, inputs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_may_be_switched_on_before_or_after_adapting(name, before, reentrant):
+    """Reentrant checkpointing of a frozen model that was switched on first used to cut the adapters off, in silence."""
+    gradients = []
+    for checkpointing in (True, False):
+        model, inputs = build(name)
+        untouched = snapshot(model)
+        settings = {"use_reentrant": reentrant}
+        if checkpointing and before:
+            model.gradient_checkpointing_enable(settings)
+            untouched = snapshot(model)
+        get_fast_prompt_model(model, APT)
+        stir(model)
+        if checkpointing and not before:
+            model.gradient_checkpointing_enable(settings)
+        model.train()
+        run(model, inputs).sum().backward()
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.requires_grad})
+        if before or not checkpointing:
+            assert_same(untouched, snapshot(model.revert()))
+    assert all(value is not None for value in gradients[0].values())
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][key], rtol=1e-3, atol=1e-5)

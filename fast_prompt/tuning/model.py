@@ -99,9 +99,22 @@ def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
         state.own_attributes.append(HAS_ADAPTERS)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    _let_gradients_in(model, state)
     model._attach(adapter_name, draft)
     model.set_adapter(adapter_name)
     return model
+
+
+def _let_gradients_in(model: Any, state: AdapterState) -> None:
+    """What ``transformers`` does to a model with adapters whose checkpointing is switched on, where it was on before.
+
+    Reentrant checkpointing cuts off every block whose input wants no gradient.
+    """
+    if getattr(model, "is_gradient_checkpointing", False) and not getattr(model, "_require_grads_hooks", None):
+        before = set(model.__dict__)
+        model.enable_input_require_grads()
+        state.lets_gradients_in = True
+        state.own_attributes += sorted(set(model.__dict__) - before)
 
 
 class ActiveAdapters(list[str]):
@@ -255,9 +268,11 @@ class FastPromptModel(nn.Module):
         self._use_active()
         for name in list(state.configs):
             self._detach(name)
-        kept = [child for child in (SAVED, SAVED_PARAMETERS) if hasattr(self, child)]
-        for attribute in (*kept, *state.own_attributes, "_fast_prompt"):
-            delattr(self, attribute)
+        if state.lets_gradients_in:
+            self.disable_input_require_grads()
+        for attribute in (SAVED, SAVED_PARAMETERS, *state.own_attributes, "_fast_prompt"):
+            if hasattr(self, attribute):
+                delattr(self, attribute)
         self.__class__ = base_class(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))

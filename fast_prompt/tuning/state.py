@@ -32,6 +32,7 @@ class AdapterState:
         sites: each adapter's sites, by name.
         active: the adapter in use while adapters are enabled.
         enabled: False inside ``disable_adapter()``.
+        lets_gradients_in: whether the embeddings' output was made to want a gradient, for ``revert`` to undo.
         own_attributes: names of plain attributes set on the model, for ``revert`` to delete.
         folded: the paths whose forward is replaced while the model is folded, with what replaces it; empty otherwise.
         dropped: paths of the modules whose weights ``compact`` has dropped.
@@ -43,6 +44,7 @@ class AdapterState:
     configs: dict[str, MethodConfig] = field(default_factory=dict)
     sites: dict[str, list[Site]] = field(default_factory=dict)
     enabled: bool = True
+    lets_gradients_in: bool = False
     own_attributes: list[str] = field(default_factory=list)
     folded: dict[str, Replacement] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
