@@ -110,7 +110,9 @@ def _let_gradients_in(model: Any, state: AdapterState) -> None:
 
     Reentrant checkpointing cuts off every block whose input wants no gradient.
     """
-    if getattr(model, "is_gradient_checkpointing", False) and not getattr(model, "_require_grads_hooks", None):
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    has_hooks = bool(getattr(model, "_require_grads_hooks", None))
+    if checkpoints and not has_hooks and hasattr(model, "enable_input_require_grads"):
         before = set(model.__dict__)
         model.enable_input_require_grads()
         state.lets_gradients_in = True
@@ -269,7 +271,8 @@ class FastPromptModel(nn.Module):
         for name in list(state.configs):
             self._detach(name)
         if state.lets_gradients_in:
-            self.disable_input_require_grads()
+            model: Any = self
+            model.disable_input_require_grads()
         for attribute in (SAVED, SAVED_PARAMETERS, *state.own_attributes, "_fast_prompt"):
             if hasattr(self, attribute):
                 delattr(self, attribute)
