@@ -90,6 +90,24 @@ def test_a_changed_signature_is_refused_before_anything_has_changed(monkeypatch,
     assert_unchanged(model, before)
 
 
+def test_what_folding_replaces_is_checked_too(monkeypatch):
+    """ViLT's inner attention runs its own forward until the model is folded."""
+    model = get_fast_prompt_model(make("vilt"), APTConfig(num_prompts=2))
+    rename(monkeypatch, model, "ViltSelfAttention")
+    with pytest.raises(ValueError, match=r"ViltSelfAttention.forward takes \(renamed"):
+        model.fold()
+    assert not model.is_folded
+
+
+def test_a_forward_that_another_tool_put_on_a_projection_does_not_fold():
+    model = get_fast_prompt_model(make("vit"), APTConfig(num_prompts=2))
+    projection = model.vit.layers[1].attention.q_proj
+    projection.forward = lambda source: 2 * type(projection).forward(projection, source)
+    with pytest.raises(ValueError, match="layers.1.attention.q_proj: its forward was already replaced"):
+        model.fold()
+    assert not model.is_folded
+
+
 def test_a_user_may_go_on_with_a_warning(monkeypatch):
     model = make("vit")
     rename(monkeypatch, model, "ViTAttention")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.models import AttentionSite, find_attention_sites
+from fast_prompt.models.contract import check_forwards
 from fast_prompt.models.fused import FUSED
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
@@ -80,7 +81,8 @@ class APTConfig(MethodConfig):
         """One attention's adapter merged into its projections.
 
         Raises:
-            ValueError: its projections are not known to read X and give H, or they are not plain linear layers.
+            ValueError: its projections are not known to read X and give H, they are not plain linear layers, or a
+                forward to replace is another tool's or not what it was.
         """
         assert isinstance(site, AttentionSite) and isinstance(adapter, PromptDiffusion)
         attention = model.get_submodule(site.name)
@@ -95,7 +97,9 @@ class APTConfig(MethodConfig):
         forwards = {projections.query: query_forward, projections.output: output_forward}
         forwards |= dict(zip(memory, (key_forward, value_forward), strict=False))
         forwards |= dict([FUSED[type(attention).__name__]] if type(attention).__name__ in FUSED else [])
-        return FoldedSite(folded, {f"{site.name}.{path}": forward for path, forward in forwards.items()})
+        replaced = {f"{site.name}.{path}": forward for path, forward in forwards.items()}
+        check_forwards(model, list(replaced))
+        return FoldedSite(folded, replaced)
 
 
 def _plain_linear(model: nn.Module, path: str) -> nn.Linear:

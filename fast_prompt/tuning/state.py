@@ -31,7 +31,7 @@ class AdapterState:
         configs: each adapter's config, by name.
         sites: each adapter's sites, by name.
         active: the adapter in use while adapters are enabled.
-        enabled: False inside ``disable_adapter()``.
+        enabled: False inside ``disable_adapter()`` and after ``disable_adapters()``.
         lets_gradients_in: whether the embeddings' output was made to want a gradient, for ``revert`` to undo.
         own_attributes: names of plain attributes set on the model, for ``revert`` to delete.
         folded: the paths whose forward is replaced while the model is folded, with what replaces it; empty otherwise.
