@@ -30,6 +30,7 @@ FILES = (
     "test_generation.py",
     "test_meter.py",
     "test_models.py",
+    "test_old_adapters.py",
     "test_saving.py",
     "test_search.py",
     "test_trainer.py",
