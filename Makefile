@@ -78,10 +78,10 @@ constraints:
 
 # Not of .venv: a bare machine's own torch, triton and nvcc. ARGS="--op prompt_diffusion" for one op.
 gpu-check:
-	PYTHONPATH=.:kernels $(PYTHON) -m fast_prompt.gpu_check $(ARGS)
+	PYTHONPATH=.:kernels:tools $(PYTHON) -m gpu_check $(ARGS)
 
 docs: setup
-	$(BIN)/python -m fast_prompt.gpu_check.page
+	PYTHONPATH=tools $(BIN)/python -m gpu_check.page
 
 clean:
 	rm -rf build dist runs *.egg-info fast_prompt/_native*.so fast_prompt/_build.json

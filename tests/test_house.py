@@ -24,7 +24,7 @@ FLOORS = [
     ("methods",),
     ("search",),
     ("parity", "bench", "cost", "demo"),
-    ("cli", "gpu_check"),
+    ("cli",),
 ]
 HEAVY = ("transformers", "triton", "peft", "sklearn", "matplotlib", "fast_prompt_kernels")
 

@@ -11,8 +11,8 @@ import torch
 
 from fast_prompt.backends.call import CALLS
 from fast_prompt.bench import machine
-from fast_prompt.gpu_check.outcome import Figures
-from fast_prompt.gpu_check.place import ROOT, Place
+from gpu_check.outcome import Figures
+from gpu_check.place import ROOT, Place
 
 # Of each backend: the folder of its kernels. A file there is an op's by its name, or shared by all.
 FOLDERS = {"triton": "kernels/fast_prompt_kernels", "cuda": "csrc/cuda"}

@@ -12,10 +12,10 @@ from torch import Tensor
 from fast_prompt import bench, ops, parity, reference
 from fast_prompt.backends import BACKENDS, use_backend
 from fast_prompt.bench.contender import forced
-from fast_prompt.gpu_check.outcome import AbsentError, Figures, StepError
-from fast_prompt.gpu_check.place import Place
 from fast_prompt.parity import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
+from gpu_check.outcome import AbsentError, Figures, StepError
+from gpu_check.place import Place
 
 DTYPE = "bf16"
 SAMPLES = 4

@@ -1,4 +1,4 @@
-"""``python -m fast_prompt.gpu_check``: see the package.
+"""``python -m gpu_check``: see the package.
 
 Exit codes: 0 every step passed, 1 one failed, 2 there is no GPU here, 130 interrupted.
 """
@@ -11,10 +11,10 @@ import torch
 
 from fast_prompt import bench
 from fast_prompt.cli import INTERRUPTED
-from fast_prompt.gpu_check.place import DRY, GPU
-from fast_prompt.gpu_check.report import print_summary
-from fast_prompt.gpu_check.runner import run_all, run_here
-from fast_prompt.gpu_check.steps import steps
+from gpu_check.place import DRY, GPU
+from gpu_check.report import print_summary
+from gpu_check.runner import run_all, run_here
+from gpu_check.steps import steps
 
 NO_GPU = 2
 DESCRIPTION = "Builds, checks and times every kernel on this GPU, within 9 minutes."
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fast_prompt.gpu_check", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="python -m gpu_check", description=DESCRIPTION)
     add = parser.add_argument
     add(
         "--op",

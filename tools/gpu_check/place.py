@@ -1,5 +1,6 @@
 """Where the steps run and how much they do: on a GPU, or on a CPU that only walks through them."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from fast_prompt import bench
 from fast_prompt.parity import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+IMPORTED = ("", "kernels", "tools")  # of the checkout, what a process of its own must find
 CACHES_TO_FILL = 3  # a rotation's inputs hold as much as so many L2 caches
+
+
+def environment_of_a_process() -> dict[str, str]:
+    """This one's, in which Python finds the checkout and what lies in it."""
+    folders = [str(ROOT / name) for name in IMPORTED]
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from fast_prompt import bench
 from fast_prompt.bench.runner import measure
-from fast_prompt.gpu_check.outcome import Figures, StepError
-from fast_prompt.gpu_check.place import Place
+from gpu_check.outcome import Figures, StepError
+from gpu_check.place import Place
 
 DTYPE = "bf16"
 

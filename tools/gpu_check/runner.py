@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from fast_prompt.gpu_check.machine import slug
-from fast_prompt.gpu_check.outcome import AbsentError, Figures, write_json
-from fast_prompt.gpu_check.place import ROOT, Place
-from fast_prompt.gpu_check.steps import Step
+from gpu_check.machine import slug
+from gpu_check.outcome import AbsentError, Figures, write_json
+from gpu_check.place import ROOT, Place, environment_of_a_process
+from gpu_check.steps import Step
 
 TOTAL_SECONDS = 530
 SIDE_BY_SIDE = ("parity", "stress", "sanitizer")  # stages that time nothing
@@ -132,8 +132,7 @@ def run_step(step: Step, place: Place, directory: Path, seconds_left: float) -> 
 
 def _run_process(step: Step, place: Place, figures: Path, log: Path, limit: float) -> int | None:
     """The exit code of the step's process, or None if it had to be stopped."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **step.environment}
+    environment = {**environment_of_a_process(), **step.environment}
     with log.open("w") as output:
         process = subprocess.Popen(
             command(step, place, figures), stdout=output, stderr=subprocess.STDOUT, env=environment,
@@ -158,7 +157,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def command(step: Step, place: Place, figures: Path) -> list[str]:
     """What starts a step's process."""
-    words = [sys.executable, "-m", "fast_prompt.gpu_check", "--step", step.name, "--figures", str(figures)]
+    words = [sys.executable, "-m", "gpu_check", "--step", step.name, "--figures", str(figures)]
     return [*words, "--dry-run"] if place.dry else words
 
 
@@ -170,7 +169,7 @@ def run_here(step: Step, place: Place, figures: Path) -> int:
         print(reason)
         return ABSENT
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fast_prompt"):
+        if (error.name or "").startswith(("fast_prompt", "gpu_check")):
             raise
         print(f"the package {error.name} is not installed")
         return ABSENT

@@ -1,4 +1,4 @@
-"""docs/gpu.md, made of the budgets and of every record under bench/results: ``python -m fast_prompt.gpu_check.page``.
+"""docs/gpu.md, made of the budgets and of every record under bench/results: ``python -m gpu_check.page``.
 
 Never edited by hand, so that it says of no kernel what no machine has shown.
 """
@@ -10,10 +10,10 @@ from typing import Any
 from fast_prompt import parity
 from fast_prompt.backends import BACKENDS
 from fast_prompt.backends.call import CALLS
-from fast_prompt.gpu_check.machine import digest, kernel_files
-from fast_prompt.gpu_check.place import ROOT
-from fast_prompt.gpu_check.report import LAUNCHED_HEADERS, SPEED_HEADERS, launched_rows, speed_rows
-from fast_prompt.gpu_check.runner import RECORD
+from gpu_check.machine import digest, kernel_files
+from gpu_check.place import ROOT
+from gpu_check.report import LAUNCHED_HEADERS, SPEED_HEADERS, launched_rows, speed_rows
+from gpu_check.runner import RECORD
 
 PAGE = ROOT / "docs" / "gpu.md"
 BUDGETS = ROOT / "tests" / "kernel_budgets.json"

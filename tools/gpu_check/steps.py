@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from fast_prompt import bench, parity
 from fast_prompt.backends import BACKENDS
-from fast_prompt.gpu_check import machine, proof, speed, stress
-from fast_prompt.gpu_check.outcome import Figures
-from fast_prompt.gpu_check.place import Place
+from gpu_check import machine, proof, speed, stress
+from gpu_check.outcome import Figures
+from gpu_check.place import Place
 
 # Read by torch.compile when it is imported; what mode="max-autotune-no-cudagraphs" sets, for every thread.
 MAX_AUTOTUNE = {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}

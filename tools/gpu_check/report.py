@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from fast_prompt.cli.output import emit_table
-from fast_prompt.gpu_check.runner import Record
+from gpu_check.runner import Record
 
 BACKENDS = ("triton", "cuda")
 KEYS = ("op", "shape", "pass")

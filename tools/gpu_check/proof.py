@@ -16,9 +16,9 @@ import torch
 from fast_prompt import ops, parity
 from fast_prompt.backends import use_backend
 from fast_prompt.bench import OPS as BENCHMARKS
-from fast_prompt.gpu_check.outcome import AbsentError, Figures, StepError
-from fast_prompt.gpu_check.place import ROOT, Place
 from fast_prompt.parity import DTYPES, evaluate
+from gpu_check.outcome import AbsentError, Figures, StepError
+from gpu_check.place import ROOT, Place, environment_of_a_process
 
 SMALL_CASES = 7  # of the parity suite's: the first are the plain sizes
 SMALL_BATCH = 16  # samples that fill a chip's multiprocessors with the tiles of large inputs
@@ -69,11 +69,11 @@ def parity_suite(place: Place, figures: Figures, op: str, backend: str, dtype: s
 
 def sanitizer(place: Place, figures: Figures, op: str, backend: str, tool: str) -> None:
     """compute-sanitizer over forwards and backwards on small inputs; a dry run makes the same calls without it."""
-    command = [sys.executable, "-m", "fast_prompt.gpu_check.proof", op, backend, "dry" if place.dry else "gpu"]
+    command = [sys.executable, "-m", "gpu_check.proof", op, backend, "dry" if place.dry else "gpu"]
     if not place.dry:
         command = [_sanitizer(), "--tool", tool, *SANITIZER_OPTIONS, *command]
     # Each tensor an allocation of its own: past its end is then past what is allocated.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = environment_of_a_process() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, text=True, capture_output=True, check=False, env=environment)
     summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout + done.stderr)
     figures.save(summary=summary, tool=None if place.dry else tool)
@@ -106,6 +106,6 @@ def small_calls(place: Place, op: str, backend: str) -> int:
 
 
 if __name__ == "__main__":
-    from fast_prompt.gpu_check.place import DRY, GPU
+    from gpu_check.place import DRY, GPU
 
     sys.exit(min(1, small_calls({"dry": DRY, "gpu": GPU}[sys.argv[3]], *sys.argv[1:3])))
