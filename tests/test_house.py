@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up: a floor imports what lies below it, never what lies above.
 FLOORS = [
-    ("tolerances", "reference"),
+    ("tolerances", "figures", "reference"),
     ("backends",),
     ("ops",),
     ("nn",),
