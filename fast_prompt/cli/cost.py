@@ -39,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, defaults = parser.add_argument, cost.Settings()
-    models = ", ".join(cost.FAMILIES)
+    models = ", ".join(cost.COUNTED)
     add("--model", required=True, help=f"{models}, or a directory with a transformers config.json")
     add(
         "--method",

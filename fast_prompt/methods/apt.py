@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.models import AttentionSite, find_attention_sites
+from fast_prompt.models.architectures import ARCHITECTURES
 from fast_prompt.models.contract import check_forwards
-from fast_prompt.models.fused import FUSED
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
@@ -96,10 +96,14 @@ class APTConfig(MethodConfig):
         folded = FoldedPromptDiffusion(adapter, query, others[:-1], others[-1])
         forwards = {projections.query: query_forward, projections.output: output_forward}
         forwards |= dict(zip(memory, (key_forward, value_forward), strict=False))
-        forwards |= dict([FUSED[type(attention).__name__]] if type(attention).__name__ in FUSED else [])
+        forwards |= dict([_FUSED[type(attention).__name__]] if type(attention).__name__ in _FUSED else [])
         replaced = {f"{site.name}.{path}": forward for path, forward in forwards.items()}
         check_forwards(model, list(replaced))
         return FoldedSite(folded, replaced)
+
+
+# By an attention's class: the child whose forward is replaced as well while it is folded, and by what.
+_FUSED = {name: fused for architecture in ARCHITECTURES for name, fused in architecture.fused.items()}
 
 
 def _plain_linear(model: nn.Module, path: str) -> nn.Linear:

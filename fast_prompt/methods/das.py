@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fast_prompt.models.blocks import Block, BlockSite, BlockSkip, find_blocks, resolve
+from fast_prompt.models.blocks import Block, BlockSite, find_blocks, resolve
+from fast_prompt.models.skip import BlockSkip
 from fast_prompt.nn import SkipAdapter, checks
 from fast_prompt.nn.skip_adapter import check_experts, check_options
 from fast_prompt.tuning.combination import CombinedConfig
@@ -150,11 +151,11 @@ class DASConfig(MethodConfig):
         return chosen
 
     def _check_forms(self, blocks: Sequence[Block]) -> None:
-        settled = next((block.family for block in blocks if block.family.skip.norm is not None), None)
+        settled = next((block for block in blocks if block.kind.skip.norm is not None), None)
         if settled is not None and self.norm is not None:
             raise ValueError(
-                f"norm: expected None for {settled.name}, whose adapters have its own ({settled.skip.norm}), "
-                f"got {self.norm!r}"
+                f"norm: expected None for {settled.architecture.name}, whose adapters have its own "
+                f"({settled.kind.skip.norm}), got {self.norm!r}"
             )
 
 
@@ -229,7 +230,7 @@ def _eps(model: nn.Module) -> float:
 @torch.no_grad()
 def _copy_norm(model: nn.Module, block: Block, adapter: BlockSkip) -> None:
     """Let the adapter's norm start as the block's, where that has weights."""
-    weight = getattr(model.get_submodule(f"{block.path}.{block.family.norm}"), "weight", None)
+    weight = getattr(model.get_submodule(f"{block.path}.{block.kind.norm}"), "weight", None)
     own = adapter.tensors().norm_weight
     if weight is not None and not weight.is_meta and own is not None:
         own.copy_(weight)
