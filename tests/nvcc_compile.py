@@ -84,7 +84,7 @@ def _compilation(unit):
 
 
 def digest(unit):
-    """Of all that a unit's measurements follow from."""
+    """A digest of all that a unit's measurements follow from."""
     return build_cache.key(*_compilation(unit))[:16]
 
 
@@ -117,7 +117,7 @@ def _instructions(op, cubin):
 
 
 def _marked_lines(cubin):
-    """Of a disassembly the lines that are counted, a hundredth of it."""
+    """The lines of a disassembly that are counted, a hundredth of it."""
     script = f"{disassembler()} -sass {cubin} | grep -E 'Function :|HMMA|LDGSTS|LDSM|LDL|STL'"
     return (build_cache.cached(["bash", "-c", f"set -o pipefail; {script}"], [cubin]) / "log").read_text()
 

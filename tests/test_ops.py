@@ -1,4 +1,4 @@
-"""The ops' faces: checks, autograd, autocast, torch.compile, backend choice."""
+"""The ops' APIs: checks, autograd, autocast, torch.compile, backend choice."""
 
 import importlib
 import logging

@@ -1,4 +1,4 @@
-"""``prompt_compress`` whatever the backend: its definition, its face, its module."""
+"""``prompt_compress`` whatever the backend: its definition, its API, its module."""
 
 import importlib
 

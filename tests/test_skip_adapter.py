@@ -1,4 +1,4 @@
-"""``skip_adapter`` whatever the backend: its definition and its face."""
+"""``skip_adapter`` whatever the backend: its definition and its API."""
 
 import importlib
 

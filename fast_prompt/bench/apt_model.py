@@ -49,7 +49,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def flops(shape: Shape, backward: bool) -> int:
-    """Of the encoder with APT: projections and MLP, attention, diffusion."""
+    """FLOPs of the encoder with APT: projections and MLP, attention, diffusion."""
     a_row = 24 * WIDTH**2 + 4 * shape["n"] * WIDTH + 4 * shape["p"] * WIDTH
     return shape["layers"] * shape["B"] * shape["n"] * a_row
 

@@ -51,7 +51,7 @@ class Settings:
                 checks.check_count(name, getattr(self, name))
 
     def adapter_widths(self, subject: Subject) -> tuple[int, int]:
-        """Of a kept block's adapters, and of the one in the place of a skipped block."""
+        """The widths of a kept block's adapters, and of the one in the place of a skipped block."""
         kept, skipped = subject.counted.adapter_widths
         return self.width or kept, self.skip_width or skipped
 

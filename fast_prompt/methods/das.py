@@ -222,7 +222,7 @@ def _weight_near(model: nn.Module, block: Block) -> nn.Parameter:
 
 
 def _eps(model: nn.Module) -> float:
-    """That of the model's RMSNorms, or LayerNorm's usual one."""
+    """The eps of the model's RMSNorms, or LayerNorm's usual one."""
     found = (getattr(module, "variance_epsilon", None) for module in model.modules())
     return next((eps for eps in found if eps is not None), 1e-5)
 

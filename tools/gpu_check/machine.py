@@ -14,7 +14,7 @@ from fast_prompt.bench import machine
 from gpu_check.outcome import Figures
 from gpu_check.place import ROOT, Place
 
-# Of each backend: the folder of its kernels. A file there is an op's by its name, or shared by all.
+# Each backend's folder of kernels. A file there is an op's by its name, or shared by all.
 FOLDERS = {"triton": "kernels/fast_prompt_kernels", "cuda": "csrc/cuda"}
 FILES = {"triton": "{op}.py", "cuda": "{op}.cu"}
 SOURCES = (".py", ".cu", ".cuh", ".h")

@@ -64,7 +64,7 @@ def _past(cache: Any) -> int:
         return 0
     if getattr(cache, "is_compileable", False):
         raise ValueError(
-            f"past_key_values: {type(cache).__name__} has no room for prompts that enter at a later block; use a "
+            f"past_key_values: {type(cache).__name__} cannot hold prompts that enter at a later block; use a "
             "DynamicCache, or none"
         )
     return int(cache.get_seq_length())

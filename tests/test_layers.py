@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: floors, homes, docstrings, cheap import."""
+"""The rules of the layout that a machine can check: layers, an op's files, docstrings, cheap import."""
 
 import ast
 import importlib
@@ -13,8 +13,8 @@ import fast_prompt
 
 ROOT = Path(__file__).parent.parent
 
-# From the ground up: a floor imports what lies below it, never what lies above.
-FLOORS = [
+# From the ground up: a layer imports what lies below it, never what lies above.
+LAYERS = [
     ("tolerances", "figures", "reference"),
     ("backends",),
     ("ops",),
@@ -29,9 +29,9 @@ FLOORS = [
 HEAVY = ("transformers", "triton", "peft", "sklearn", "matplotlib", "fast_prompt_kernels")
 
 
-def floor_of(module):
-    """Position in FLOORS of a dotted name's floor; None for the package's own file."""
-    return next((level for level, names in enumerate(FLOORS) if module.split(".")[1] in names), None)
+def layer_of(module):
+    """Position in LAYERS of a dotted name's layer; None for the package's own file."""
+    return next((level for level, names in enumerate(LAYERS) if module.split(".")[1] in names), None)
 
 
 def imports_of(path):
@@ -48,22 +48,22 @@ def modules():
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_floor_imports_upwards(path):
-    own = floor_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    if own is None:  # the package itself gathers every floor's public names
+def test_no_layer_imports_upwards(path):
+    own = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:  # the package itself gathers every layer's public names
         assert path.name in ("__init__.py", "__main__.py")
         return
     for imported in imports_of(path):
         if imported.startswith("fast_prompt."):
-            level = floor_of(imported)
-            if level is None:  # the package's own public names come from every floor up to the search
-                level = floor_of("fast_prompt.search")
-            assert level <= own, f"imports {imported} from a floor above"
+            level = layer_of(imported)
+            if level is None:  # the package's own public names come from every layer up to the search
+                level = layer_of("fast_prompt.search")
+            assert level <= own, f"imports {imported} from a layer above"
 
 
-def test_every_op_has_its_homes():
+def test_every_op_has_its_files():
     for op in (name for name in fast_prompt.ops.__all__ if name.islower() and name != "explain"):
-        for home in (
+        for file in (
             f"fast_prompt/reference/{op}.py",
             f"fast_prompt/ops/{op}.py",
             f"csrc/cpu/{op}.cpp",
@@ -71,9 +71,9 @@ def test_every_op_has_its_homes():
             f"csrc/cuda/{op}_backward.cu",
             f"kernels/fast_prompt_kernels/{op}.py",
         ):
-            assert (ROOT / home).exists(), f"{op} has no {home}"
-        definition, face = getattr(fast_prompt.reference, op), getattr(fast_prompt.ops, op)
-        assert inspect.signature(definition) == inspect.signature(face)
+            assert (ROOT / file).exists(), f"{op} has no {file}"
+        definition, api = getattr(fast_prompt.reference, op), getattr(fast_prompt.ops, op)
+        assert inspect.signature(definition) == inspect.signature(api)
 
 
 def test_import_is_cheap():
