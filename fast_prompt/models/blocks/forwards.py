@@ -26,7 +26,7 @@ def skippable_forward(self: Any, forward: Callable[..., Tensor], *, hidden_state
     """The forward of a block that returns its hidden states alone; what it keeps of adapters is deeper inside."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return adapter.replace(hidden_states, cache_in(kwargs))
+        return adapter.replace(hidden_states, kwargs.get("attention_mask"), cache_in(kwargs))
     return forward(self, hidden_states=hidden_states, **kwargs)
 
 
@@ -41,7 +41,7 @@ def vilt_forward(
     """The forward of ViLT's block, pre-LN; it returns a tuple."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return (adapter.replace(hidden_states), *((None,) if output_attentions else ()))
+        return (adapter.replace(hidden_states, kwargs.get("attention_mask")), *((None,) if output_attentions else ()))
     run = vilt_sublayers if _has_parallel(self) else forward
     return run(self, hidden_states=hidden_states, output_attentions=output_attentions, **kwargs)
 
@@ -58,7 +58,7 @@ def vit_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Ten
     """The forward of ViT's block, pre-LN."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return adapter.replace(hidden_states)
+        return adapter.replace(hidden_states, kwargs.get("attention_mask"))
     run = vit_sublayers if _has_parallel(self) else forward
     return run(self, hidden_states=hidden_states, **kwargs)
 
@@ -75,7 +75,7 @@ def clip_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Te
     """The forward of a block of either CLIP tower, pre-LN."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return adapter.replace(hidden_states)
+        return adapter.replace(hidden_states, kwargs.get("attention_mask"))
     run = clip_sublayers if _has_parallel(self) else forward
     return run(self, hidden_states=hidden_states, **kwargs)
 
