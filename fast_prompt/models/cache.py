@@ -34,7 +34,7 @@ def self_attention(cache: Any) -> Any:
 
 def _part(cache: Any, layer: int) -> Any:
     """The part of the block ``layer``; None where the cache has none yet."""
-    parts = self_attention(cache).layers
+    parts = getattr(self_attention(cache), "layers", ())
     return parts[layer] if layer < len(parts) else None
 
 
