@@ -458,6 +458,20 @@ def test_a_bad_question_is_refused(name, case):
         model(**inputs, visual_embeds=features(), visual_query_mask=mask)
 
 
+def test_sequences_that_share_a_row_are_refused():
+    model, _, _ = adapted("llama_generator", config())
+    packed = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    with pytest.raises(ValueError, match="position_ids: expected one sequence in each row"):
+        model(**packed, visual_embeds=features(1), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["t5_generator", "llama_generator"])
+def test_nothing_is_generated_without_a_question(name):
+    model, _, _ = adapted(name, config())
+    with pytest.raises(ValueError, match="input_ids: expected the text, or its embeddings"):
+        model.generate(visual_embeds=features(), max_new_tokens=2)
+
+
 def test_a_marker_is_looked_for_in_ids_alone():
     """A T5 that is given its encoder's output generates with the marker no more than it runs with it."""
     model, inputs, _ = adapted("t5_generator", config(answer_token_id=49))

@@ -24,9 +24,9 @@ from fast_prompt.ops import prompt_compress, prompt_diffusion, skip_adapter
 THREADS, CALLS = 8, 30
 
 BASES = {
-    "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT | {"num_hidden_layers": 3})),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, pad_token_id=1)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA | {"num_hidden_layers": 2}, pad_token_id=1)),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5 | {"num_layers": 2}, decoder_start_token_id=0)),
 }
 
 
@@ -52,7 +52,6 @@ MODELS = {
     "DVP in BERT": ("bert", dvp(), False),
     "DVP in LLaMA": ("llama", dvp(answer_token_id=49), False),
     "DVP in T5": ("t5", dvp(), False),
-    "all": ("llama", [dvp(), apt(target_modules=["self_attn"]), EXPERTS], False),
     "all, folded": ("llama", [dvp(), apt(target_modules=["self_attn"]), EXPERTS], True),
 }
 
@@ -61,7 +60,7 @@ MODELS = {
 def impatient():
     """Threads that take turns as often as they can, each with one core."""
     interval, threads = sys.getswitchinterval(), torch.get_num_threads()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-5)
     torch.set_num_threads(1)
     yield
     sys.setswitchinterval(interval)
@@ -77,8 +76,7 @@ def assert_alike_in_threads(calls) -> None:
         start.wait()
         try:
             for _ in range(CALLS):
-                for one, other in zip(call(), right, strict=True):
-                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+                assert all(torch.allclose(*each, rtol=1e-4, atol=1e-5) for each in zip(call(), right, strict=True))
         except Exception as error:
             wrong.append(error)
 
@@ -135,8 +133,7 @@ def op_calls() -> dict:
     normed = functools.partial(skip_adapter, norm="layer")
     adapter = [(w, d), (d, w), (w,), (d,), (d,), (d,)]
     return {
-        "prompt_diffusion": ([(2, n, d), (2, n, d), (p, d), (p, d), (1,)], prompt_diffusion),
-        "prompt_diffusion with dropout": (
+        "prompt_diffusion": (
             [(2, n, d), (2, n, d), (p, d), (p, d), (1,)],
             lambda *tensors: prompt_diffusion(*tensors, dropout_p=0.3, seed=5),
         ),
@@ -147,7 +144,6 @@ def op_calls() -> dict:
             )
             for form in ("absorbed", "projected")
         },
-        "skip_adapter": ([(2, n, d), *adapter], normed),
         "skip_adapter with experts": (
             [(2, n, d), (w, d), (d, 2 * w), (w,), (2, d), (d,), (d,), (), (2, 2)],
             normed,

@@ -17,6 +17,7 @@ from fast_prompt.models.visual.masks import add_causal_queries, add_keys
 from fast_prompt.models.visual.prompter import first_real, pool_last
 
 IGNORED = -100  # the label of a token that no loss counts
+PACKED = "position_ids: expected one sequence in each row, since a row has one image's prompts; got several"
 LABELS_ASK = (
     "labels: they lie in the text from which the prompts' query is pooled, so that the prompts would tell the model "
     "its answer; every sample needs DVPConfig.answer_token_id before its answer, or visual_query_mask must say which "
@@ -33,8 +34,8 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         inputs: the forward's arguments by name.
 
     Raises:
-        ValueError: no text came; text and prompts together are longer than the model's limit; or the labels lie in the
-            text that the query is pooled from.
+        ValueError: no text came; text and prompts together are longer than the model's limit; a row holds several
+            sequences; or the labels lie in the text that the query is pooled from.
     """
     stack, text, cache = model.get_submodule(prompts.prompter.stack), text_in(inputs), cache_in(inputs)
     if text is None:
@@ -46,6 +47,8 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         check_length(past + length + prompts.number, stack.config.max_position_embeddings, "tokens, prompts included,")
     if inputs.get("position_ids") is None:
         inputs["position_ids"] = torch.arange(past, past + length, device=text.device).unsqueeze(0)
+    elif inputs.get("attention_mask") is None:
+        check_data((inputs["position_ids"].diff() >= 0).all(), PACKED)
     if not prompts.cached:
         positions = inputs["position_ids"].expand(batch, -1)
         first = positions.gather(1, first_real(prompts.mask, length, text.device, batch).unsqueeze(1))
