@@ -42,8 +42,8 @@ class DASConfig(MethodConfig):
         scale: what an adapter's result is multiplied by before it is added.
         learn_scale: whether each adapter's scale trains.
         init: ``"normal"``, weights from N(0, 0.02); or ``"lora"``, with which adapters start as nothing.
-        num_experts: E; above 0 a skipped block's adapter mixes that many up projections, weighted by its first token
-            (the router form of LLaMA: 2 experts in 2 groups).
+        num_experts: E; above 0 a skipped block's adapter mixes that many up projections, weighted by its first real
+            token (the router form of LLaMA: 2 experts in 2 groups). Rows that hold several sequences are refused.
         num_groups: of the experts' up projections.
         temperature: of the experts' softmax.
         modules_to_save: names (or their endings) of modules to train and save in full, such as ``["classifier"]``.

@@ -56,7 +56,7 @@ def skippable_forward(self: Any, forward: Callable[..., Tensor], *, hidden_state
     """The forward of a block that returns its hidden states alone; its parallel adapters are deeper inside."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return adapter.replace(hidden_states, cache_in(kwargs))
+        return adapter.replace(hidden_states, kwargs.get("attention_mask"), cache_in(kwargs))
     return forward(self, hidden_states=hidden_states, **kwargs)
 
 

@@ -30,7 +30,7 @@ def block_forward(
     """The forward of a block, pre-norm; it returns a tuple."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return (adapter.replace(hidden_states), *((None,) if output_attentions else ()))
+        return (adapter.replace(hidden_states, kwargs.get("attention_mask")), *((None,) if output_attentions else ()))
     run = sublayers if has_parallel(self) else forward
     return run(self, hidden_states=hidden_states, output_attentions=output_attentions, **kwargs)
 

@@ -16,7 +16,7 @@ def block_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: T
     """The forward of a block, pre-norm."""
     adapter = adapter_in_place(self)
     if adapter is not None:
-        return adapter.replace(hidden_states)
+        return adapter.replace(hidden_states, kwargs.get("attention_mask"))
     run = sublayers if has_parallel(self) else forward
     return run(self, hidden_states=hidden_states, **kwargs)
 
