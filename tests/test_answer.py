@@ -1,7 +1,10 @@
 """`fast-prompt answer`: one question, one image, and every input it must refuse in one line."""
 
 import json
+import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ from transformers import BertConfig, BertModel
 
 from fast_prompt import cli
 from fast_prompt.demo.vqa import language, methods, vision
-from fast_prompt.demo.vqa.answering import Answerer, frozen, read_image, write_image
+from fast_prompt.demo.vqa.answering import Answerer, frozen
+from fast_prompt.demo.vqa.images import read_image, write_image
 from fast_prompt.demo.vqa.settings import Settings
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
 from fast_prompt.tuning import get_fast_prompt_model
@@ -132,6 +136,88 @@ def test_dark_strokes_on_bright_paper_are_turned_round(tmp_path, image):
     assert torch.equal(read_image(tmp_path / "paper.png"), read_image(image))
 
 
+STROKES = np.zeros((8, 24), dtype=np.uint8)
+STROKES[1:7, 3:5] = 255
+STROKES[2:4, 10:21] = 153  # lighter and darker strokes, off the middle
+
+
+def in_grey(path, **options):
+    Image.fromarray(STROKES).save(path, **options)
+    return read_image(path)
+
+
+def assert_read_as(expected, image, path, **options):
+    image.save(path, **options)
+    assert torch.equal(read_image(path), expected)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation, ending):
+    expected = in_grey(tmp_path / "grey.png")
+    back = [None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE"]
+    turn = [*back, "ROTATE_270"][orientation]
+    image = Image.fromarray(STROKES)
+    stored = image.transpose(Image.Transpose[turn]) if turn else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert_read_as(expected, stored, tmp_path / f"turned.{ending}", exif=exif, lossless=True)
+
+
+@pytest.mark.parametrize("colour", [0, 255], ids=["black", "white"])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "webp", "palette", "one colour"])
+def test_strokes_on_nothing_are_seen_whatever_their_colour(tmp_path, kind, colour):
+    covered = Image.fromarray(STROKES).point(lambda level: 255 * (level > 0))
+    covered.save(tmp_path / "grey.png")
+    strokes = Image.merge("LA", (Image.new("L", covered.size, colour), covered))
+    options = {}
+    if kind == "palette":
+        strokes = strokes.convert("RGBA").quantize()
+        assert strokes.has_transparency_data
+    if kind == "one colour":
+        strokes, options = covered.point(lambda level: colour if level else 128), {"transparency": 128}
+    if kind == "RGBA":
+        strokes = strokes.convert(kind)
+    path = tmp_path / ("strokes.webp" if kind == "webp" else "strokes.png")
+    assert_read_as(read_image(tmp_path / "grey.png"), strokes, path, **options, lossless=True)
+
+
+@pytest.mark.parametrize("paper", [0, 255], ids=["black", "white"])
+def test_paper_with_transparent_edges_goes_on_under_them(tmp_path, paper):
+    expected = in_grey(tmp_path / "grey.png")
+    levels = STROKES if paper == 0 else 255 - STROKES
+    opaque = np.full_like(STROKES, 255)
+    opaque[:, :2] = opaque[7:] = 0
+    card = Image.merge("LA", (Image.fromarray(levels), Image.fromarray(opaque)))
+    assert_read_as(expected, card, tmp_path / "card.png")
+
+
+DEEP = {
+    "16 bits": (np.uint16, 257, {}),
+    "16 bits big-endian": (np.dtype(">u2"), 257, {}),
+    "32 bits": (np.int32, 257, {}),
+    "8 of 32 bits": (np.int32, 1, {}),
+    "float to 1": (np.float32, 1 / 255, {}),
+    "float to 255": (np.float32, 1, {}),
+    "float to 65535": (np.float32, 257, {}),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_grey_of_any_depth_is_read_at_its_scale(tmp_path, kind):
+    dtype, factor, options = DEEP[kind]
+    expected = in_grey(tmp_path / "grey.png")
+    deep = (STROKES.astype(np.float64) * factor).astype(dtype)
+    assert_read_as(expected, Image.fromarray(deep), tmp_path / "deep.tif", **options)
+
+
+def test_16_bits_with_a_transparent_value_and_16_bits_of_a_pgm(tmp_path):
+    expected = in_grey(tmp_path / "grey.png")
+    deep = Image.fromarray(STROKES.astype(np.uint16) * 257)
+    assert_read_as(expected, deep, tmp_path / "deep.pgm")
+    assert_read_as(expected, deep, tmp_path / "deep.png", transparency=0)
+
+
 # What is refused
 
 
@@ -148,20 +234,57 @@ def a_square(path: Path) -> None:
     Image.new("L", (24, 24)).save(path)
 
 
+def a_large_header(path: Path) -> None:
+    """A PNG that says it has 13,200 x 13,200 pixels, and has none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 13_200, 13_200, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+def nothing_opaque(path: Path) -> None:
+    Image.new("LA", (24, 8)).save(path)
+
+
+def not_a_number(path: Path) -> None:
+    Image.fromarray(np.full((8, 24), np.nan, dtype=np.float32)).save(path, "TIFF")
+
+
+def below_black(path: Path) -> None:
+    Image.fromarray(np.full((8, 24), -1, dtype=np.int32)).save(path, "TIFF")
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (not_an_image, "cannot be read as an image"),
         (half_an_image, "cannot be read as an image"),
         (a_square, "three times as wide as high, got 24 x 24"),
+        (a_large_header, "13200 x 13200 pixels, and at most 50,000,000 are decoded"),
+        (nothing_opaque, "transparent everywhere"),
+        (not_a_number, "expected grey from 0 to 65535, got nan"),
+        (below_black, "expected grey from 0 to 65535, got -1"),
+        (os.mkfifo, "cannot be read as an image"),
         (lambda path: path.mkdir(), "cannot be read as an image"),
         (lambda path: None, "cannot be read as an image"),
     ],
-    ids=["text", "truncated", "square", "directory", "missing"],
+    ids=["text", "truncated", "square", "large", "transparent", "NaN", "negative", "pipe", "directory", "missing"],
 )
 def test_images_that_cannot_be_used(adapter, tmp_path, capsys, make, named):
     make(tmp_path / "bad.png")
     refused(ask(adapter, tmp_path / "bad.png"), capsys, "bad.png", named)
+
+
+def test_the_largest_image_is_for_the_user_to_say(adapter, image, tmp_path, capsys):
+    assert ask(adapter, image, QUESTION, "--max-pixels", "192") == 0
+    capsys.readouterr()
+    refused(ask(adapter, image, QUESTION, "--max-pixels", "191"), capsys, "image.png", "24 x 8 pixels, and at most 191")
+    a_large_header(tmp_path / "large.png")
+    refused(ask(adapter, tmp_path / "large.png", QUESTION, "--max-pixels", "178956970"), capsys, "truncated")
+    for limit in ("0", "-1", "178956971"):
+        refused(ask(adapter, image, QUESTION, "--max-pixels", limit), capsys, "max_pixels: expected a whole number")
 
 
 @pytest.mark.parametrize(("question", "named"), [("digit " * 600, "at most 512"), (" ", "some words")])

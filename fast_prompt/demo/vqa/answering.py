@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from fast_prompt.demo.vqa import language
-from fast_prompt.demo.vqa.data import IMAGE_HEIGHT, IMAGE_WIDTH
+from fast_prompt.demo.vqa.images import read_image
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
 from fast_prompt.models.visual import VisualEncoder
 from fast_prompt.tuning import FastPromptModel
@@ -21,8 +20,6 @@ from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, writ
 ANSWERS_NAME = "answers.json"
 VISION = "vision"
 VISION_CONFIG, VISION_WEIGHTS = "config.json", "model.safetensors"
-
-WIDEST_STRETCH = 1.25  # an image may be so much wider or narrower than three squares
 
 
 @dataclass(frozen=True)
@@ -92,45 +89,12 @@ class Answerer:
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
 
-def answer(adapter: Path, image: Path, question: str) -> dict[str, float]:
+def answer(adapter: Path, image: Path, question: str, max_pixels: int) -> dict[str, float]:
     """What the adapter in a directory answers to one question about one image file: see `fast_prompt.demo.answer`."""
-    pixels = read_image(image)
+    pixels = read_image(image, max_pixels)
     return Answerer.load(adapter).probabilities(pixels, question)
 
 
 def frozen(vision: Any) -> VisualEncoder:
     """The vision transformer as the source of visual tokens: its normed last hidden states, CLS included."""
     return VisualEncoder(vision, hidden_state=None)
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as pixels [1, 8, 24] in [-1, 1], bright strokes on dark.
-
-    Any format that Pillow reads, in colour or grey, and any size about three times as wide as high; it is scaled
-    down or up to 8 x 24. Dark strokes on a bright ground are turned round.
-
-    Raises:
-        ValueError: the file is missing, no image, broken, or of another shape.
-    """
-    try:
-        with Image.open(path) as image:
-            grey = image.convert("L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    stretch = grey.width / grey.height / (IMAGE_WIDTH / IMAGE_HEIGHT)
-    if not 1 / WIDEST_STRETCH <= stretch <= WIDEST_STRETCH:
-        raise ValueError(
-            f"{path}: expected three digits side by side, about three times as wide as high, got {grey.width} x "
-            f"{grey.height}"
-        )
-    scaled = grey.resize((IMAGE_WIDTH, IMAGE_HEIGHT), Image.Resampling.BOX)
-    levels = torch.tensor(list(scaled.tobytes()), dtype=torch.float32).view(1, IMAGE_HEIGHT, IMAGE_WIDTH)
-    if levels.mean() > 127.5:
-        levels = 255 - levels
-    return levels / 127.5 - 1
-
-
-def write_image(pixels: Tensor, path: Path) -> None:
-    """Pixels [1, 8, 24] in [-1, 1] as a grey image file."""
-    levels = ((pixels[0] + 1) * 127.5).round().to(torch.uint8)
-    Image.fromarray(levels.numpy()).save(path)
