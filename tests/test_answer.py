@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from fast_prompt import cli
@@ -320,6 +321,74 @@ def test_weights_of_another_encoder_are_refused(adapter, image, capsys):
     config = json.loads((adapter / "vision" / "config.json").read_text())
     (adapter / "vision" / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
     refused(ask(adapter, image), capsys, "model.safetensors", "does not fit")
+
+
+def hostile(adapter: Path, **changes: object) -> None:
+    path = adapter / "vision" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 100_000}, "tensors are too few for 100000 layers"),
+        ({"num_hidden_layers": 2}, "does not fit the config.json beside it: "),
+        ({"hidden_size": 2**20}, "does not fit the config.json beside it: "),
+        ({"intermediate_size": 2**40}, "does not fit the config.json beside it: "),
+        ({"intermediate_size": 2**70}, "no ViT can be built of it"),
+        ({"image_size": [2**40, 2**40]}, "no ViT can be built of it"),
+        ({"num_attention_heads": 3}, "does not fit the config.json beside it: "),
+        ({"patch_size": 100}, "does not fit the config.json beside it: "),
+        ({"hidden_size": "16"}, "hidden_size: expected a whole number of at least 1, got '16'"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a whole number"),
+        ({"image_size": [8, "x"]}, "image_size: expected a whole number"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps: expected a finite number above 0, got nan"),
+        ({"hidden_act": "os.system"}, "hidden_act: expected one of"),
+        ({"model_type": "bert"}, "model_type: expected 'vit', got 'bert'"),
+        ({"auto_map": {"AutoModel": "someone/code--modeling.Model"}}, "got auto_map as well"),
+        ({"trust_remote_code": True}, "got trust_remote_code as well"),
+        ({"return_dict": False}, "got return_dict as well"),
+        ({"attn_implementation": "someone/kernel"}, "attn_implementation: expected one of eager, sdpa"),
+        ({"_attn_implementation": "someone/kernel"}, "_attn_implementation: expected one of eager, sdpa"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation: expected one of eager, sdpa"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_is_not_the_weights_is_refused_before_a_model_is_built(adapter, image, capsys, changes, named):
+    hostile(adapter, **changes)
+    before = torch.get_rng_state()
+    refused(ask(adapter, image), capsys, str(adapter / "vision"), named)
+    assert torch.equal(torch.get_rng_state(), before)  # no weight was drawn
+
+
+def test_what_a_config_may_say_is_honoured(answerer, adapter, image, capsys):
+    hostile(adapter, attn_implementation="eager", architectures=["ViTModel"], dtype="float32")
+    loaded = Answerer.load(adapter)
+    assert loaded.encoder.model.config._attn_implementation == "eager"
+    expected = answerer.probabilities(read_image(image), QUESTION)
+    assert loaded.probabilities(read_image(image), QUESTION) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "NaN"])
+def test_weights_that_are_not_the_configs_are_refused(adapter, image, capsys, damage):
+    path = adapter / "vision" / "model.safetensors"
+    tensors = load_file(path)
+    if damage == "missing":
+        tensors.pop("layernorm.weight")
+    if damage == "unknown":
+        tensors["more"] = torch.zeros(2)
+    if damage == "NaN":
+        tensors["layernorm.weight"][3] = torch.nan
+    save_file(tensors, path)
+    named = {"missing": "layernorm.weight: expected [16], got None", "unknown": "more: expected None, got [2]"}
+    refused(ask(adapter, image), capsys, str(path), named.get(damage, "expected finite numbers"))
+
+
+@pytest.mark.parametrize("answers", [["1", "0", "2", "cat"], ["0", "1", "1", "2"], ["0", 1, "2", "cat"], [[], "1"]])
+def test_answers_that_are_no_texts_in_order_are_refused(adapter, image, capsys, answers):
+    path = adapter / "answers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "answers": answers}))
+    refused(ask(adapter, image), capsys, "answers.json", "expected different texts in order")
 
 
 def refused(code, capsys, *named):

@@ -7,19 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
 
-from fast_prompt.demo.vqa import language
+from fast_prompt.demo.vqa import encoder_files, language
 from fast_prompt.demo.vqa.images import read_image
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
 from fast_prompt.models.visual import VisualEncoder
 from fast_prompt.tuning import FastPromptModel
-from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.files import read_json, write_atomically
 
 # Beside the adapter's own files: what it answers with, and the image encoder.
 ANSWERS_NAME = "answers.json"
 VISION = "vision"
-VISION_CONFIG, VISION_WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,10 @@ class Answerer:
         """Write the adapter, the encoder and the vocabulary into `directory`; of the language model, only its name."""
         self.model.save_pretrained(directory)
         facts = {"language_model": language.DISTRIBUTION, "answers": self.vocabulary.answers}
-        vision: Any = self.encoder.model
-        write_atomically(
-            {
-                directory / ANSWERS_NAME: (json.dumps(facts, indent=2) + "\n").encode(),
-                directory / VISION / VISION_CONFIG: vision.config.to_json_string().encode(),
-                directory / VISION / VISION_WEIGHTS: tensor_bytes(vision.state_dict()),
-            }
-        )
+        vision = {
+            directory / VISION / name: data for name, data in encoder_files.file_contents(self.encoder.model).items()
+        }
+        write_atomically({directory / ANSWERS_NAME: (json.dumps(facts, indent=2) + "\n").encode()} | vision)
 
     @classmethod
     def load(cls, directory: Path) -> "Answerer":
@@ -64,12 +58,9 @@ class Answerer:
         answers = facts.get("answers")
         if facts.get("language_model") != language.DISTRIBUTION or not isinstance(answers, list) or not answers:
             raise ValueError(f"{directory / ANSWERS_NAME}: expected answers of {language.DISTRIBUTION}, got {facts}")
-        vision = ViTModel(ViTConfig(**read_json(directory / VISION / VISION_CONFIG)), add_pooling_layer=False)
-        weights = directory / VISION / VISION_WEIGHTS
-        try:
-            vision.load_state_dict(read_tensors(weights))
-        except RuntimeError as error:  # names or shapes
-            raise ValueError(f"{weights}: does not fit the {VISION_CONFIG} beside it") from error
+        if not all(isinstance(each, str) for each in answers) or answers != Vocabulary(answers).answers:
+            raise ValueError(f"{directory / ANSWERS_NAME}: answers: expected different texts in order, got {answers}")
+        vision = encoder_files.load(directory / VISION)
         model = FastPromptModel.from_pretrained(language.pretrained(), directory).eval()
         vocabulary, expected = Vocabulary(answers), model.adapter_configs[model.active_adapter].num_answers
         if len(vocabulary) != expected:
