@@ -360,6 +360,28 @@ def test_search_interrupted_at_any_step_ends_the_same(tmp_path, stop):
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+@pytest.mark.parametrize("stop", [0, 4])
+def test_the_same_search_goes_on_from_its_checkpoint_or_not_at_all(tmp_path, stop):
+    def interrupted(output, batch):
+        if layers.done == stop and stops.pop():
+            raise KeyboardInterrupt
+        return minus_loss(output, batch)
+
+    whole = search()
+    whole.run()
+    for directory in (None, tmp_path):
+        stops = [False] * 99 + [True]
+        layers = search(directory, reward=interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layers.run()
+        if directory is None or stop == 0:
+            with pytest.raises(RuntimeError, match="the search was interrupted, and .* in no checkpoint: make it anew"):
+                layers.run()
+        else:
+            assert layers.run() == whole.found()
+            assert torch.equal(layers.history, whole.history)
+
+
 def test_search_without_all_checkpoints_goes_on_from_the_last(tmp_path):
     whole = search()
     whole.run()

@@ -116,6 +116,7 @@ class DASSearch(Search):
         Raises:
             ValueError: the checkpoint in ``directory`` is another search's, or damaged.
             FloatingPointError: a loss, a gradient or a preference is not finite.
+            RuntimeError: this search was interrupted, and there is no checkpoint to go on from.
         """
         with seeded(self.seed("arms")):
             adapted = get_fast_prompt_model(self.model, self.config, NAME)

@@ -87,6 +87,7 @@ class Training:
         self.collate = collate
         self.directory = None if directory is None else Path(directory)
         self.done = 0
+        self._begun = False
         self._shared_seed = ranks.from_first(settings.seed)
         self._training = torch.arange(len(examples))
 
@@ -118,10 +119,16 @@ class Training:
         Raises:
             ValueError: the checkpoint in ``directory`` is another run's, or cannot be used; nothing has changed then.
             FloatingPointError: a loss, a gradient or what would be saved is not finite; the last checkpoint stays.
+            RuntimeError: it was interrupted before, and there is no checkpoint to go on from.
         """
-        optimizer = self._optimizer(trainable)
-        self._resume(trainable, optimizer)
         steps = self.settings.steps
+        optimizer = self._optimizer(trainable)
+        resumed = self._resume(trainable, optimizer)
+        if self._begun and not resumed and self.done < steps:
+            raise RuntimeError(
+                f"the {self.name} was interrupted, and what it had trained is in no checkpoint: make it anew"
+            )
+        self._begun = True
         with _progress(self.name, self.done, steps) as bar:
             for step in range(self.done, steps):
                 self.before_step(step)
@@ -213,10 +220,10 @@ class Training:
         if self.directory is not None and ranks.number() == 0:
             write_sealed(self._path(self.directory), tensors, self.identity())
 
-    def _resume(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
-        """Goes on from the checkpoint in the directory, if there is one."""
+    def _resume(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> bool:
+        """Goes on from the checkpoint in the directory; whether there is one."""
         if self.directory is None or not self._path(self.directory).exists():
-            return
+            return False
         path = self._path(self.directory)
         try:
             self._go_on_from(*read_sealed(path), self._contents(trainable, optimizer))
@@ -224,6 +231,7 @@ class Training:
             raise ValueError(
                 f"{path}: the {self.name} cannot go on from here: {error}. Without that file it starts anew"
             ) from error
+        return True
 
     def _go_on_from(self, found: dict[str, Tensor], identity: dict[str, Any], own: dict[str, Tensor]) -> None:
         """Takes the tensors ``found`` over into this run's ``own``, if they are all that they must be."""
