@@ -35,7 +35,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     contents = path.read_bytes()
     try:
         tensors = load(contents)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # the latter for a dtype that torch does not have
         raise ValueError(f"not a whole safetensors file ({error})") from error
     header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
     metadata = header.get("__metadata__") or {}
