@@ -133,26 +133,6 @@ def test_rewards_that_are_not_finite_are_counted_and_poison_nothing(bad):
     assert blocks.history.isfinite().all()
 
 
-def test_training_steps_that_are_not_finite_are_counted_and_poison_nothing():
-    model = tiny_classifier()
-    blocks = search(model=model)
-    genuine = blocks._train_step
-
-    def spoilt(number, optimizer):
-        hook = None
-        if number == 2:
-            hook = blocks.model.classifier.register_forward_hook(lambda *args: args[2] * math.nan)
-        genuine(number, optimizer)
-        if hook is not None:
-            hook.remove()
-
-    blocks._train_step = spoilt
-    blocks.run()
-    assert blocks.skipped_steps == 1
-    assert blocks.bandit.skipped == 0
-    assert blocks.history.isfinite().all()
-
-
 @pytest.mark.parametrize("stop", [1, 4])
 def test_search_interrupted_ends_the_same(tmp_path, stop):
     whole = search(tmp_path / "whole")
@@ -378,11 +358,21 @@ def test_search_from_a_file_trains_anew_and_leaves_everything_behind(tmp_path, c
         (lambda text: text.replace("num_skipped = 2", "num_skiped = 2"), r"\[das\]: unknown num_skiped; it may hold"),
         (lambda text: text.replace("num_skipped = 2", "num_skipped = 0"), r"\[das\]: num_skipped: expected"),
         (lambda text: text.replace("num_skipped = 2", "num_skipped = 9"), "num_skipped: expected fewer than the 4"),
-        (lambda text: text.replace("steps = 6", "steps = -1"), r"\[search\]: steps: expected a number from 1, got -1"),
+        (
+            lambda text: text.replace("steps = 6", "steps = -1"),
+            r"\[search\]: steps: expected .*, got -1",
+        ),
         (lambda text: text.replace("train.safe", "other.safe"), "examples: there is no file"),
         (lambda text: text.replace('"model"', '"elsewhere"'), "model: there is no file"),
         (lambda text: text.replace("[das]", "das"), "search.toml"),
-        (lambda text: 'model_class = "NoSuchModel"\n' + text, "model_class: expected a class of transformers"),
+        (lambda text: 'model_class = "NoSuchModel"\n' + text, "model_class: expected a model class of transformers"),
+        (lambda text: 'model_class = "AutoConfig"\n' + text, "model_class: expected a model class"),
+        (lambda text: "model_class = 5\n" + text, "model_class: expected some text, got 5"),
+        (lambda text: text.replace("steps = 6", "steps = nan"), r"\[search\]: steps: expected .* got nan"),
+        (lambda text: text + "head_rate = nan", r"\[search\]: head_rate: expected .* got nan"),
+        (lambda text: text + "max_grad_norm = nan", r"\[search\]: max_grad_norm: expected .* got nan"),
+        (lambda text: text + "[training]\nsteps = 2\nhead_rate = -1e-3", r"\[training\]: head_rate: expected"),
+        (lambda text: "a = " + "[" * 5000, "search.toml"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, capsys, change, named):
@@ -394,6 +384,25 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, capsys, change,
     assert [line for line in said if line.startswith("fast-prompt search: error: ")] == said[-1:]
     assert re.search(named, said[-1]), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_that_diverges_says_so_in_one_line(tmp_path, capsys):
+    path = write_plan(tmp_path, "learning_rate = 1e30\nwarmup = 0\n[training]\nsteps = 3\nbatch_size = 4\n")
+    capsys.readouterr()
+    assert cli.main(["search", str(path)]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(r"fast-prompt search: error: step \d of 6: .* is not finite, .*", said[-1]), said
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_from_a_hub_is_refused_before_anything_is_loaded(tmp_path, key):
+    path = write_plan(tmp_path)
+    config = tmp_path / "model" / "config.json"
+    for value in ("someone/kernel", {"": "sdpa", "text_config": "someone/kernel"}):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+        with pytest.raises(ValueError, match=rf"config.json: {key}: expected one of eager, .* got 'someone/kernel'"):
+            Plan.read(path).prepare()
 
 
 def test_columns_must_agree(tmp_path):

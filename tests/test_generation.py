@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from itertools import product
 
 import pytest
 import torch
@@ -218,11 +219,12 @@ def expected(case: str) -> Tensor:
     return apart(case)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", CONFIGS)
+# What ``generate`` does not do without adapters either: it cuts T5's encoder mask to the decoder's chunk.
+FAILING_ALONE = ("t5 APT", PADDED_IN_CHUNKS)
+
+
+@pytest.mark.parametrize(("case", "way"), [each for each in product(CONFIGS, WAYS) if each != FAILING_ALONE])
 def test_no_way_of_generating_changes_a_token(case, way):
-    if (case, way) == ("t5 APT", PADDED_IN_CHUNKS):
-        pytest.skip("generate cuts the encoder's mask to the decoder's chunk, with adapters or without")
     if (case, way) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[case, way]):
             WAYS[way](case)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch.utils.data import default_collate
 from transformers import BertConfig, BertModel
 
 from fast_prompt.methods import DVPConfig
-from fast_prompt.search import DVPSearch, SearchSettings, plot
+from fast_prompt.search import DASSettings, DVPSearch, SearchSettings, TrainingSettings, plot
 from fast_prompt.search.arms import Arms
 from fast_prompt.search.bandit import TRIES, Bandit
 from fast_prompt.search.search import accuracy
@@ -128,6 +129,13 @@ def test_rewards_that_are_not_finite_are_skipped_and_counted(bad):
     assert bandit.skipped == 3
 
 
+def test_preferences_stay_finite():
+    bandit = Bandit(2, "softmax", 1e300)
+    with pytest.raises(FloatingPointError, match=r"preference is no longer finite; lower .* \(1e\+300\)"):
+        bandit.update([[0], [1]], [1e20, -1e20])
+    assert bandit.preferences.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
 def test_the_better_arms_are_found(form):
     worth = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.8])
@@ -169,8 +177,19 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing():
     bandit = bandit_with([1.0, 2.0])
     with pytest.raises(ValueError, match="expected 2 arms"):
         bandit.load_state_dict(Bandit(3, "softmax", 1.0).state_dict())
-    with pytest.raises(ValueError, match="generator"):
+    whole = Bandit(2, "softmax", 1.0).state_dict()
+    with pytest.raises(ValueError, match="generator missing"):
         bandit.load_state_dict({"preferences": torch.zeros(2), "skipped": torch.tensor(0)})
+    for name, damaged in (
+        ("preferences", torch.tensor([0.0, math.nan], dtype=torch.float64)),
+        ("preferences", torch.zeros(2)),
+        ("skipped", torch.tensor(-1)),
+        ("skipped", torch.tensor([0, 0])),
+        ("generator", torch.zeros_like(whole["generator"])),
+        ("generator", whole["generator"][:-1]),
+    ):
+        with pytest.raises(ValueError, match=f"state: .*{name}"):
+            bandit.load_state_dict(whole | {name: damaged})
     assert bandit.preferences.tolist() == [1.0, 2.0]
 
 
@@ -341,6 +360,28 @@ def test_search_interrupted_at_any_step_ends_the_same(tmp_path, stop):
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+@pytest.mark.parametrize("stop", [0, 4])
+def test_the_same_search_goes_on_from_its_checkpoint_or_not_at_all(tmp_path, stop):
+    def interrupted(output, batch):
+        if layers.done == stop and stops.pop():
+            raise KeyboardInterrupt
+        return minus_loss(output, batch)
+
+    whole = search()
+    whole.run()
+    for directory in (None, tmp_path):
+        stops = [False] * 99 + [True]
+        layers = search(directory, reward=interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layers.run()
+        if directory is None or stop == 0:
+            with pytest.raises(RuntimeError, match="the search was interrupted, and .* in no checkpoint: make it anew"):
+                layers.run()
+        else:
+            assert layers.run() == whole.found()
+            assert torch.equal(layers.history, whole.history)
+
+
 def test_search_without_all_checkpoints_goes_on_from_the_last(tmp_path):
     whole = search()
     whole.run()
@@ -396,19 +437,45 @@ def test_preferences_are_drawn(tmp_path):
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
+NO_NUMBERS = (math.nan, math.inf, -math.inf, True, "1", [1], 10**400)
+NO_COUNTS, NO_RATES = (*NO_NUMBERS, 0, -1, 1.5, None), (*NO_NUMBERS, 0, -1e-3)
+BAD_SETTINGS = {
+    **dict.fromkeys(("steps", "batch_size", "save_every", "draws", "reward_batch", "reward_every"), NO_COUNTS),
+    **dict.fromkeys(("preference_rate", "max_grad_norm"), (*NO_RATES, None)),
+    "learning_rate": (*NO_RATES, 1e31, None),
+    "head_rate": (*NO_RATES, 1e31),
+    "warmup": (math.nan, "1", True, None, -0.1, 1.1),
+    "reward_share": (math.nan, "1", True, None, 0, 1),
+    "reward_from": (math.nan, "1", True, None, -0.1, 1),
+    "seed": (*NO_NUMBERS, 1.5, None, -1, 2**63),
+    "ramp": (1, None, "yes"),
+}
+
+
+def test_every_number_of_the_settings_is_checked():
+    assert BAD_SETTINGS.keys() == {each.name for each in dataclasses.fields(DASSettings)} == DASSettings.CHECKS.keys()
+    assert TrainingSettings.CHECKS.keys() == {each.name for each in dataclasses.fields(TrainingSettings)}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_setting_that_is_no_number_in_its_range_is_named(name):
+    for value in BAD_SETTINGS[name]:
+        with pytest.raises(ValueError, match=f"^{name}: expected .* got {re.escape(repr(value))}"):
+            DASSettings(**{"steps": 2, name: value})
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"steps": 0}, "steps"),
-        ({"draws": 1.5}, "draws"),
-        ({"reward_share": 1.0}, "reward_share"),
         ({"batch_size": 31}, "30 to train on"),
         ({"reward_batch": 11}, "10 for rewards"),
     ],
 )
 def test_bad_settings_are_named_before_anything_runs(changed, named):
+    model = tiny_bert()
     with pytest.raises(ValueError, match=named):
-        search(**changed)
+        search(model=model, **changed)
+    assert type(model) is BertModel
 
 
 def searched(rank):

@@ -33,14 +33,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="directory that the demo saved")
     parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="PNG or any other format of Pillow")
     parser.add_argument("--question", required=True, metavar="TEXT", help="in English, lower or upper case")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=demo.MOST_PIXELS,
+        metavar="N",
+        help="refuse a larger image before decoding it (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the likeliest answers; 2 and one line on stderr where image, question or adapter cannot be used."""
     try:
-        probabilities = demo.answer(args.adapter, args.image, args.question)
-    except (FileNotFoundError, ValueError) as error:
+        probabilities = demo.answer(args.adapter, args.image, args.question, args.max_pixels)
+    except (OSError, ValueError) as error:
         note(f"fast-prompt answer: error: {error}")
         return WRONG_INPUT
     if args.json:

@@ -9,7 +9,7 @@ from fast_prompt.search.das import DASSearch
 from fast_prompt.search.plan import Plan
 from fast_prompt.search.search import Search
 
-WRONG_INPUT = 2
+DIVERGED, WRONG_INPUT = 1, 2
 CONFIG_DIRECTORY, ADAPTER_DIRECTORY, PICTURE = "found", "adapter", "search.png"
 
 EXAMPLES = """\
@@ -54,7 +54,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Searches, trains anew if the file says so, and prints what was found; 2 and one line for wrong input."""
+    """Searches, trains anew if the file says so, and prints what was found.
+
+    Wrong input gives 2 and one line, a training whose numbers are no longer finite 1 and one line.
+    """
     try:
         plan = Plan.read(args.config)
         search = plan.prepare()
@@ -63,22 +66,22 @@ def run(args: argparse.Namespace) -> int:
         found.save_pretrained(plan.output / CONFIG_DIRECTORY)
         if plan.training is not None:
             search.train_anew(plan.training).save_pretrained(plan.output / ADAPTER_DIRECTORY)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         note(f"fast-prompt search: error: {error}")
-        return WRONG_INPUT
+        return DIVERGED if isinstance(error, FloatingPointError) else WRONG_INPUT
     names = _arms(search)
     chosen = _chosen(search)
     shares = search.bandit.probabilities.tolist()
     if args.json:
         facts = {"found": found.to_dict(), "preferences": dict(zip(names, shares, strict=True))}
-        emit_json(facts | {"rewards_skipped": search.bandit.skipped, "steps_skipped": search.skipped_steps})
+        emit_json(facts | {"rewards_skipped": search.bandit.skipped})
         return 0
     marks = [
         [name, f"{share:.3f}", "found" if name in chosen else ""] for name, share in zip(names, shares, strict=True)
     ]
     emit_table((search.arm, "probability", ""), marks)
-    if search.bandit.skipped or search.skipped_steps:
-        print(f"not finite, and left out: {search.bandit.skipped} rewards, {search.skipped_steps} training steps")
+    if search.bandit.skipped:
+        print(f"not finite, and left out: {search.bandit.skipped} rewards")
     written = [PICTURE, CONFIG_DIRECTORY] + [ADAPTER_DIRECTORY] * (plan.training is not None)
     print(f"wrote {', '.join(str(plan.output / name) for name in written)}")
     return 0

@@ -19,6 +19,9 @@ TASKS = {
 # Tasks that can look for the layer their prompts do best at.
 SEARCHES = ("digits-vqa",)
 
+# The largest image that is decoded, unless one asks for more: three bytes a pixel in memory, and a second or two.
+MOST_PIXELS = 50_000_000
+
 # Module -> the distribution that carries it.
 REQUIREMENTS = {
     "PIL": "pillow",
@@ -47,13 +50,14 @@ def run(task: str, output: Path, seed: int = 0, **options: bool) -> Results:
     return importlib.import_module(TASKS[task]).run(output, seed, **options)
 
 
-def answer(adapter: Path, image: Path, question: str) -> dict[str, float]:
+def answer(adapter: Path, image: Path, question: str, max_pixels: int = MOST_PIXELS) -> dict[str, float]:
     """Asks an adapter that the task `digits-vqa` saved one question about one image.
 
     Args:
         adapter: the directory.
         image: the image's file.
         question: in English.
+        max_pixels: a larger image is refused before it is decoded; up to 178,956,970.
 
     Returns:
         every answer's probability, the likeliest first.
@@ -63,7 +67,7 @@ def answer(adapter: Path, image: Path, question: str) -> dict[str, float]:
         FileNotFoundError, ValueError: the adapter, the image or the question cannot be used; the message says why.
     """
     _check_requirements()
-    return importlib.import_module("fast_prompt.demo.vqa.answering").answer(adapter, image, question)
+    return importlib.import_module("fast_prompt.demo.vqa.answering").answer(adapter, image, question, max_pixels)
 
 
 def _check_requirements() -> None:

@@ -1,6 +1,7 @@
 """Checks of plain settings: each raises a ValueError naming the field, what came and what was expected."""
 
 import math
+import sys
 from collections.abc import Collection
 
 
@@ -43,5 +44,5 @@ def check_finite(name: str, value: object) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")

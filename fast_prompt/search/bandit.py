@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast_prompt.nn.checks import check_choice, check_count, check_positive
 from fast_prompt.search import ranks
+from fast_prompt.search.settings import check_seed
 
 # The logarithm of each arm's weight, by the name of the form.
 LOG_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,12 +46,10 @@ class Bandit:
     """
 
     def __init__(self, arms: int, form: str, learning_rate: float, seed: int = 0) -> None:
-        if not isinstance(arms, int) or arms < 1:
-            raise ValueError(f"arms: expected a number from 1, got {arms!r}")
-        if form not in LOG_WEIGHTS:
-            raise ValueError(f"form: expected one of {', '.join(LOG_WEIGHTS)}, got {form!r}")
-        if not 0 < learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")
+        check_count("arms", arms)
+        check_choice("form", form, LOG_WEIGHTS)
+        check_positive("learning_rate", learning_rate)
+        check_seed("seed", seed)
         self.form = form
         self.learning_rate = learning_rate
         self.preferences = torch.zeros(arms, dtype=torch.float64)
@@ -106,6 +106,7 @@ class Bandit:
 
         Raises:
             ValueError: the lengths differ, or an arm does not exist.
+            FloatingPointError: a preference would no longer be finite; nothing has changed then.
         """
         if len(draws) != len(rewards):
             raise ValueError(f"rewards: expected one for each of {len(draws)} draws, got {len(rewards)}")
@@ -113,13 +114,18 @@ class Bandit:
             raise ValueError(f"draws: expected arms from 0 to {len(self.preferences) - 1}, got {list(draws)}")
         averaged = ranks.mean_of_finite(torch.tensor(rewards, dtype=torch.float64))
         finite = averaged.isfinite()
-        self.skipped += int((~finite).sum())
         advantages = (averaged - averaged[finite].mean()).where(finite, averaged.new_zeros(()))
         probabilities = self.probabilities
         steps = self.learning_rate * probabilities * (1 - probabilities)
+        moved = self.preferences.clone()
         for draw, advantage in zip(draws, advantages, strict=True):
             chosen = list(draw)
-            self.preferences[chosen] += steps[chosen] * advantage
+            moved[chosen] += steps[chosen] * advantage
+        if not moved.isfinite().all():
+            rate = self.learning_rate
+            raise FloatingPointError(f"a preference is no longer finite; lower the preferences' learning rate ({rate})")
+        self.skipped += int((~finite).sum())
+        self.preferences = moved
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, the generator's state included, as tensors."""
@@ -133,17 +139,29 @@ class Bandit:
         """Go on from where ``state_dict`` was taken.
 
         Raises:
-            ValueError: a tensor is missing, or the number of arms differs. Nothing has changed then.
+            ValueError: a tensor is missing or of another shape or dtype, a preference is not finite, ``skipped`` is
+                below 0, or the generator's state is none. Nothing has changed then.
         """
-        missing = self.state_dict().keys() - state.keys()
+        expected = self.state_dict()
+        missing = expected.keys() - state.keys()
         if missing:
             raise ValueError(f"state: {', '.join(sorted(missing))} missing")
-        preferences = state["preferences"]
+        preferences, skipped = state["preferences"], state["skipped"]
         if preferences.shape != self.preferences.shape:
             raise ValueError(f"state: expected {len(self.preferences)} arms, got {list(preferences.shape)}")
-        self.generator.set_state(state["generator"])
+        for name, value in expected.items():
+            if (state[name].shape, state[name].dtype) != (value.shape, value.dtype):
+                found = f"{state[name].dtype} {list(state[name].shape)}"
+                raise ValueError(f"state: {name}: expected {value.dtype} {list(value.shape)}, got {found}")
+        if not preferences.isfinite().all() or skipped < 0:
+            raise ValueError(f"state: expected finite preferences and skipped from 0, got {preferences}, {skipped}")
+        try:
+            generator = torch.Generator().set_state(state["generator"])
+        except RuntimeError as error:
+            raise ValueError(f"state: generator: {error}") from error
+        self.generator = generator
         self.preferences.copy_(preferences)
-        self.skipped = int(state["skipped"])
+        self.skipped = int(skipped)
 
     def _log_weights(self) -> Tensor:
         return LOG_WEIGHTS[self.form](self.preferences)

@@ -10,17 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.data import default_collate
 
 from fast_prompt.methods.das import DASConfig, set_skipped
+from fast_prompt.nn.checks import check_bool
 from fast_prompt.search.bandit import Bandit
 from fast_prompt.search.plot import plot_gates
 from fast_prompt.search.retraining import Adapted
 from fast_prompt.search.search import Draw, Reward, Search
-from fast_prompt.search.settings import SearchSettings
+from fast_prompt.search.settings import Check, SearchSettings
 from fast_prompt.search.training import Batch, Collate, Examples, seeded
 from fast_prompt.tuning import get_fast_prompt_model
 from fast_prompt.tuning.combination import CombinedConfig, as_config
@@ -43,6 +44,8 @@ class DASSettings(SearchSettings):
     reward_from: float = 1 / 3
     reward_every: int = 10
     ramp: bool = False
+
+    CHECKS: ClassVar[dict[str, Check]] = SearchSettings.CHECKS | {"ramp": check_bool}
 
 
 def exponential_of_loss(output: Any, batch: Batch) -> float:
@@ -111,7 +114,9 @@ class DASSearch(Search):
             the config, with ``skipped`` the blocks found.
 
         Raises:
-            ValueError: the checkpoint in ``directory`` is another search's.
+            ValueError: the checkpoint in ``directory`` is another search's, or damaged.
+            FloatingPointError: a loss, a gradient or a preference is not finite.
+            RuntimeError: this search was interrupted, and there is no checkpoint to go on from.
         """
         with seeded(self.seed("arms")):
             adapted = get_fast_prompt_model(self.model, self.config, NAME)

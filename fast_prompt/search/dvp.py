@@ -70,7 +70,9 @@ class DVPSearch(Search):
             the config, with ``layer`` the one found.
 
         Raises:
-            ValueError: the checkpoint in ``directory`` is another search's.
+            ValueError: the checkpoint in ``directory`` is another search's, or damaged.
+            FloatingPointError: a loss, a gradient or a preference is not finite.
+            RuntimeError: this search was interrupted, and there is no checkpoint to go on from.
         """
         with seeded(self.seed("arms")):
             self._arms = Arms(self.model, self.config, len(self.bandit.preferences))

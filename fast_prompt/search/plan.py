@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
+from fast_prompt.models.foreign_code import check_attention
 from fast_prompt.search.das import DASSearch, DASSettings
 from fast_prompt.search.dvp import DVPSearch
 from fast_prompt.search.search import Search
@@ -85,7 +86,7 @@ class Plan:
         try:
             values = tomllib.loads(path.read_text())
             return cls._of(values, path.parent)
-        except (ValueError, TypeError) as error:  # tomllib's errors are ValueErrors
+        except (ValueError, TypeError, RecursionError) as error:  # tomllib's errors are ValueErrors
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -107,7 +108,7 @@ class Plan:
             values["dvp"].setdefault("layer", 0)
         return cls(
             model=base / _text("model", values["model"]),
-            model_class=values.get("model_class"),
+            model_class=_text("model_class", values["model_class"]) if "model_class" in values else None,
             examples=base / _text("examples", values["examples"]),
             output=base / _text("output", values["output"]),
             configs=[_build(name, METHODS[name], values[name]) for name in methods],
@@ -154,14 +155,19 @@ def load_model(directory: Path, class_name: str | None) -> nn.Module:
 
     Raises:
         FileNotFoundError: the directory holds no config.
-        ValueError: ``transformers`` has no class of that name.
+        ValueError: ``transformers`` has no model of that name, or the config asks for code from elsewhere.
     """
-    config = read_json(directory / "config.json")
-    name = class_name or next(iter(config.get("architectures") or []), None)
+    path = directory / "config.json"
+    config = read_json(path)
+    check_attention(config, str(path))
+    named = config.get("architectures")
+    name = class_name or (named[0] if isinstance(named, list) and named else named)
     transformers: Any = importlib.import_module("transformers")
-    if name is None or not hasattr(transformers, name):
-        raise ValueError(f"model_class: expected a class of transformers, got {name!r}")
-    return getattr(transformers, name).from_pretrained(directory, local_files_only=True).eval()
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model:
+        raise ValueError(f"model_class: expected a model class of transformers, got {name!r}")
+    return found.from_pretrained(directory, local_files_only=True).eval()
 
 
 def _method(config: MethodConfig) -> str:
@@ -182,5 +188,5 @@ def _build(name: str, kind: Any, values: dict[str, Any]) -> Any:
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: expected a path, got {value!r}")
+        raise ValueError(f"{name}: expected some text, got {value!r}")
     return value

@@ -25,6 +25,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.div_(count())
 
 
+def mean(value: Tensor) -> Tensor:
+    """A tensor's mean over the ranks."""
+    if not _several():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / count()
+
+
 def from_first(number: int) -> int:
     """The first rank's ``number``, on every rank."""
     if not _several():

@@ -65,7 +65,8 @@ def train_anew(
         the model, adapted, in evaluation mode.
 
     Raises:
-        ValueError: too few examples, or the checkpoint in ``directory`` is another run's.
+        ValueError: too few examples, or the checkpoint in ``directory`` is another run's, or damaged.
+        FloatingPointError: a loss or a gradient is not finite.
     """
     training = _Retraining(config, model, examples, settings, collate, directory)
     with seeded(training.seed("adapter")):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.search.bandit import Bandit
+from fast_prompt.search.checkpoint import check_like, under
 from fast_prompt.search.plot import plot_preferences
 from fast_prompt.search.retraining import train_anew
 from fast_prompt.search.settings import SearchSettings, TrainingSettings
@@ -153,13 +154,14 @@ class Search(Training, ABC):
         """The bandit and its history."""
         return {"history": self.history} | {f"bandit.{name}": value for name, value in self.bandit.state_dict().items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Goes on from what ``state`` gave."""
+    def load_state(self, state: dict[str, Tensor], done: int) -> None:
+        """Goes on from what ``state`` gave after ``done`` steps; ValueError if it cannot be that, unchanged then."""
+        arms = len(self.bandit.preferences)
+        check_like(state, self.state() | {"history": torch.empty(done, arms, dtype=torch.float64)})
+        if not torch.equal(state["history"][-1], state["bandit.preferences"]):
+            raise ValueError("history: its last row is not the bandit's preferences")
+        self.bandit.load_state_dict(under("bandit.", state))
         self.history = state["history"]
-        prefix = "bandit."
-        self.bandit.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )
 
     def identity(self) -> dict[str, Any]:
         """Settings, config, arms and the size of the data."""

@@ -1,7 +1,46 @@
 """How a training run, and a search within one, goes."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from fast_prompt.nn.checks import check_count, check_positive
+
+LARGEST = 2**63 - 1  # a count or a seed must fit into an int64
+LARGEST_RATE = 1e30  # beyond it AdamW's float32 overflows
+
+Check = Callable[[str, object], None]
+
+
+def check_seed(name: str, value: object) -> None:
+    """A whole number from 0 to 2^63 - 1 (a bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name}: expected a whole number from 0 to {LARGEST:,}, got {value!r}")
+
+
+def _check_share(name: str, value: object, *, zero: bool, one: bool) -> None:
+    """A number between 0 and 1, and whether it may be either."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):  # type: ignore[operator]
+        opening, closing = "[" if zero else "(", "]" if one else ")"
+        raise ValueError(f"{name}: expected a share in {opening}0, 1{closing}, got {value!r}")
+
+
+def _check_rate(name: str, value: object) -> None:
+    """A number above 0 and up to 1e30."""
+    check_positive(name, value)
+    if value > LARGEST_RATE:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number of at most {LARGEST_RATE:g}, got {value!r}")
+
+
+def _check_rate_if_any(name: str, value: object) -> None:
+    """None, or a rate."""
+    if value is not None:
+        _check_rate(name, value)
+
+
+_check_count: Check = partial(check_count, largest=LARGEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,14 +51,14 @@ class TrainingSettings:
         steps: training steps.
         batch_size: examples in one, over all ranks.
         learning_rate: the peak, of what the method adds; warmed up and then decayed linearly to 0.
-        head_rate: the peak for the new head and ``modules_to_save``; ten times ``learning_rate`` when None.
-        warmup: share of the steps that warm up.
+        head_rate: the peak for the new head and ``modules_to_save``; ``learning_rate`` when None.
+        warmup: share of the steps that warm up, from 0 to 1.
         max_grad_norm: gradients are clipped to it.
         save_every: steps between two checkpoints.
-        seed: of what is drawn, the batches and dropout.
+        seed: of what is drawn, the batches and dropout; from 0.
 
     Raises:
-        ValueError: a setting is out of range; the message names it.
+        ValueError: a setting is of another kind, not finite or out of range; the message names it.
     """
 
     steps: int
@@ -31,16 +70,21 @@ class TrainingSettings:
     save_every: int = 50
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        self._check_counts("steps", "batch_size", "save_every")
-        if not isinstance(self.learning_rate, (int, float)) or not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate!r}")
+    # What checks each setting; a subclass adds its own.
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "steps": _check_count,
+        "batch_size": _check_count,
+        "learning_rate": _check_rate,
+        "head_rate": _check_rate_if_any,
+        "warmup": partial(_check_share, zero=True, one=True),
+        "max_grad_norm": check_positive,
+        "save_every": _check_count,
+        "seed": check_seed,
+    }
 
-    def _check_counts(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a number from 1, got {value!r}")
+    def __post_init__(self) -> None:
+        for name, check in self.CHECKS.items():
+            check(name, getattr(self, name))
 
     @property
     def rising_steps(self) -> int:
@@ -66,7 +110,7 @@ class SearchSettings(TrainingSettings):
         reward_every: steps from one measurement to the next.
 
     Raises:
-        ValueError: a setting is out of range; the message names it.
+        ValueError: a setting is of another kind, not finite or out of range; the message names it.
     """
 
     draws: int = 5
@@ -76,13 +120,14 @@ class SearchSettings(TrainingSettings):
     reward_from: float = 0.0
     reward_every: int = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts("draws", "reward_batch", "reward_every")
-        if not 0 < self.reward_share < 1:
-            raise ValueError(f"reward_share: expected a share above 0 and below 1, got {self.reward_share!r}")
-        if not 0 <= self.reward_from < 1:
-            raise ValueError(f"reward_from: expected a share from 0 and below 1, got {self.reward_from!r}")
+    CHECKS: ClassVar[dict[str, Check]] = TrainingSettings.CHECKS | {
+        "draws": _check_count,
+        "preference_rate": check_positive,
+        "reward_share": partial(_check_share, zero=False, one=False),
+        "reward_batch": _check_count,
+        "reward_from": partial(_check_share, zero=True, one=False),
+        "reward_every": _check_count,
+    }
 
     def measures(self, step: int) -> bool:
         """Whether rewards are measured after this step."""

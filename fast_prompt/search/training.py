@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fast_prompt.search import ranks
+from fast_prompt.search.checkpoint import (
+    OPTIMIZER,
+    PARAMETER,
+    STATE,
+    check_counters,
+    check_like,
+    check_same,
+    not_finite,
+    under,
+)
 from fast_prompt.search.settings import TrainingSettings
-from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.sealed import read_sealed, write_sealed
 
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
@@ -59,7 +69,6 @@ class Training:
 
     Attributes:
         done: steps taken so far.
-        skipped_steps: those whose gradients were not finite, and so changed nothing.
     """
 
     name = "training"
@@ -78,7 +87,7 @@ class Training:
         self.collate = collate
         self.directory = None if directory is None else Path(directory)
         self.done = 0
-        self.skipped_steps = 0
+        self._begun = False
         self._shared_seed = ranks.from_first(settings.seed)
         self._training = torch.arange(len(examples))
 
@@ -92,8 +101,9 @@ class Training:
         """What a checkpoint keeps besides parameters and optimizer."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Goes on from what ``state`` gave."""
+    def load_state(self, state: dict[str, Tensor], done: int) -> None:
+        """Goes on from what ``state`` gave after ``done`` steps; ValueError if it cannot be that, unchanged then."""
+        check_like(state, {})
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it."""
@@ -107,11 +117,18 @@ class Training:
         """Takes the steps that are left.
 
         Raises:
-            ValueError: the checkpoint in ``directory`` is another run's.
+            ValueError: the checkpoint in ``directory`` is another run's, or cannot be used; nothing has changed then.
+            FloatingPointError: a loss, a gradient or what would be saved is not finite; the last checkpoint stays.
+            RuntimeError: it was interrupted before, and there is no checkpoint to go on from.
         """
-        optimizer = self._optimizer(trainable)
-        self._resume(trainable, optimizer)
         steps = self.settings.steps
+        optimizer = self._optimizer(trainable)
+        resumed = self._resume(trainable, optimizer)
+        if self._begun and not resumed and self.done < steps:
+            raise RuntimeError(
+                f"the {self.name} was interrupted, and what it had trained is in no checkpoint: make it anew"
+            )
+        self._begun = True
         with _progress(self.name, self.done, steps) as bar:
             for step in range(self.done, steps):
                 self.before_step(step)
@@ -144,22 +161,38 @@ class Training:
         groups = trainable.parameter_groups(self.settings.learning_rate, self.settings.head_rate)
         for group in groups:
             group["peak"] = group["lr"]
-        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        # AdamW makes these when a gradient first comes. Here all are there from the start: a checkpoint then holds the
+        # same tensors whatever has been drawn, so that one that is missing is seen.
+        for parameter in (each for group in groups for each in group["params"]):
+            zeros = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+        return optimizer
 
     def _train_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         self.model.train()
         with seeded(self.seed("dropout", step, ranks.number())):
-            self.model(**self.batch(self._positions(step))).loss.backward()
+            loss = self.model(**self.batch(self._positions(step))).loss
+            loss.backward()
         norms = []
         for group in optimizer.param_groups:
             ranks.average_gradients(group["params"])
             norms.append(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm))
             group["lr"] = group["peak"] * self.settings.decay(step)
-        if all(norm.isfinite() for norm in norms):  # the same on every rank, as the gradients are
-            optimizer.step()
-        else:
-            self.skipped_steps += 1
+        # The same on every rank, as the averaged loss and gradients are.
+        if not ranks.mean(loss.detach()).isfinite():
+            raise self._diverged(step, "the loss")
+        if not all(norm.isfinite() for norm in norms):
+            raise self._diverged(step, "a gradient")
+        optimizer.step()
         optimizer.zero_grad()
+
+    def _diverged(self, step: int, what: str) -> FloatingPointError:
+        rate = self.settings.learning_rate
+        return FloatingPointError(
+            f"step {step + 1} of {self.settings.steps}: {what} is not finite, so the {self.name} stops; the examples "
+            f"of that step may be at fault, or the learning rate ({rate})"
+        )
 
     def _positions(self, step: int) -> Tensor:
         """The positions of a step's batch: each epoch goes through the training part once, in an order of its own."""
@@ -169,49 +202,54 @@ class Training:
 
     # Checkpoints
 
-    def _paths(self, directory: Path) -> tuple[Path, Path]:
-        return directory / f"{self.name}.json", directory / f"{self.name}.safetensors"
+    def _contents(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Everything that decides what comes next: the state copied, parameters and optimizer themselves."""
+        tensors = {"done": torch.tensor(self.done)}
+        tensors |= {f"{STATE}{name}": value for name, value in self.state().items()}
+        for name, parameter in trainable.parameters().items():
+            tensors[f"{PARAMETER}{name}"] = parameter
+            tensors |= {f"{OPTIMIZER}{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+        return tensors
 
     def _save(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
-        """Everything that decides what comes next, by the first rank."""
-        if self.directory is None or ranks.number() != 0:
-            return
-        tensors = {"done": torch.tensor(self.done), "skipped_steps": torch.tensor(self.skipped_steps)}
-        tensors |= {f"state.{name}": value for name, value in self.state().items()}
-        for name, parameter in trainable.parameters().items():
-            tensors[f"parameter.{name}"] = parameter
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-        identity, contents = self._paths(self.directory)
-        write_atomically(
-            {
-                contents: tensor_bytes(tensors),
-                identity: (json.dumps(self.identity(), indent=2) + "\n").encode(),
-            }
-        )
+        """A checkpoint, by the first rank; without a directory only the check that all is finite."""
+        tensors = self._contents(trainable, optimizer)
+        spoilt = not_finite(tensors)
+        if spoilt:
+            raise self._diverged(self.done - 1, spoilt[0])
+        if self.directory is not None and ranks.number() == 0:
+            write_sealed(self._path(self.directory), tensors, self.identity())
 
-    def _resume(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
-        """Goes on from the checkpoint in the directory, if there is one."""
-        if self.directory is None or not self._paths(self.directory)[1].exists():
-            return
-        identity, contents = self._paths(self.directory)
-        self._check_same(read_json(identity))
-        tensors, parameters = read_tensors(contents), trainable.parameters()
-        self.done, self.skipped_steps = int(tensors["done"]), int(tensors["skipped_steps"])
-        self.load_state(_under("state.", tensors))
+    def _resume(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> bool:
+        """Goes on from the checkpoint in the directory; whether there is one."""
+        if self.directory is None or not self._path(self.directory).exists():
+            return False
+        path = self._path(self.directory)
+        try:
+            self._go_on_from(*read_sealed(path), self._contents(trainable, optimizer))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: the {self.name} cannot go on from here: {error}. Without that file it starts anew"
+            ) from error
+        return True
+
+    def _go_on_from(self, found: dict[str, Tensor], identity: dict[str, Any], own: dict[str, Tensor]) -> None:
+        """Takes the tensors ``found`` over into this run's ``own``, if they are all that they must be."""
+        check_same(identity, json.loads(json.dumps(self.identity())), self.name)
+        state = {name: value for name, value in found.items() if name.startswith(STATE)}
+        found = {name: value for name, value in found.items() if name not in state}
+        own = {name: value for name, value in own.items() if not name.startswith(STATE)}
+        check_like(found, own)
+        check_counters(found, self.settings.steps)
+        done = int(found["done"])
+        self.load_state(under(STATE, state), done)
         with torch.no_grad():
-            for name, value in _under("parameter.", tensors).items():
-                parameters[name].copy_(value)
-        for name, value in _under("optimizer.", tensors).items():
-            key, _, parameter = name.partition(".")
-            owner = parameters[parameter]
-            optimizer.state[owner][key] = value if key == "step" else value.to(owner.device)
+            for name, value in own.items():
+                value.copy_(found[name])
+        self.done = done
 
-    def _check_same(self, there: dict[str, Any]) -> None:
-        here = json.loads(json.dumps(self.identity()))
-        different = [name for name in here if here[name] != there.get(name)]
-        if different:
-            found = "; ".join(f"{name} {there.get(name)} there, {here[name]} here" for name in different)
-            raise ValueError(f"directory: {self.directory} holds another {self.name}'s checkpoint: {found}")
+    def _path(self, directory: Path) -> Path:
+        return directory / f"{self.name}.safetensors"
 
 
 @contextmanager
@@ -225,7 +263,3 @@ def seeded(seed: int) -> Iterator[None]:
 def _progress(name: str, done: int, steps: int) -> "tqdm[Any]":
     """A progress bar on stderr; none where that is no terminal."""
     return tqdm(desc=name, initial=done, total=steps, unit="step", file=sys.stderr, disable=None)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -6,23 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
 
-from fast_prompt.demo.vqa import language
-from fast_prompt.demo.vqa.data import IMAGE_HEIGHT, IMAGE_WIDTH
+from fast_prompt.demo.vqa import encoder_files, language
+from fast_prompt.demo.vqa.images import read_image
 from fast_prompt.demo.vqa.vocabulary import Vocabulary
 from fast_prompt.models.visual import VisualEncoder
 from fast_prompt.tuning import FastPromptModel
-from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.files import read_json, write_atomically
 
 # Beside the adapter's own files: what it answers with, and the image encoder.
 ANSWERS_NAME = "answers.json"
 VISION = "vision"
-VISION_CONFIG, VISION_WEIGHTS = "config.json", "model.safetensors"
-
-WIDEST_STRETCH = 1.25  # an image may be so much wider or narrower than three squares
 
 
 @dataclass(frozen=True)
@@ -45,14 +40,10 @@ class Answerer:
         """Write the adapter, the encoder and the vocabulary into `directory`; of the language model, only its name."""
         self.model.save_pretrained(directory)
         facts = {"language_model": language.DISTRIBUTION, "answers": self.vocabulary.answers}
-        vision: Any = self.encoder.model
-        write_atomically(
-            {
-                directory / ANSWERS_NAME: (json.dumps(facts, indent=2) + "\n").encode(),
-                directory / VISION / VISION_CONFIG: vision.config.to_json_string().encode(),
-                directory / VISION / VISION_WEIGHTS: tensor_bytes(vision.state_dict()),
-            }
-        )
+        vision = {
+            directory / VISION / name: data for name, data in encoder_files.file_contents(self.encoder.model).items()
+        }
+        write_atomically({directory / ANSWERS_NAME: (json.dumps(facts, indent=2) + "\n").encode()} | vision)
 
     @classmethod
     def load(cls, directory: Path) -> "Answerer":
@@ -67,12 +58,9 @@ class Answerer:
         answers = facts.get("answers")
         if facts.get("language_model") != language.DISTRIBUTION or not isinstance(answers, list) or not answers:
             raise ValueError(f"{directory / ANSWERS_NAME}: expected answers of {language.DISTRIBUTION}, got {facts}")
-        vision = ViTModel(ViTConfig(**read_json(directory / VISION / VISION_CONFIG)), add_pooling_layer=False)
-        weights = directory / VISION / VISION_WEIGHTS
-        try:
-            vision.load_state_dict(read_tensors(weights))
-        except RuntimeError as error:  # names or shapes
-            raise ValueError(f"{weights}: does not fit the {VISION_CONFIG} beside it") from error
+        if not all(isinstance(each, str) for each in answers) or answers != Vocabulary(answers).answers:
+            raise ValueError(f"{directory / ANSWERS_NAME}: answers: expected different texts in order, got {answers}")
+        vision = encoder_files.load(directory / VISION)
         model = FastPromptModel.from_pretrained(language.pretrained(), directory).eval()
         vocabulary, expected = Vocabulary(answers), model.adapter_configs[model.active_adapter].num_answers
         if len(vocabulary) != expected:
@@ -92,45 +80,12 @@ class Answerer:
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
 
-def answer(adapter: Path, image: Path, question: str) -> dict[str, float]:
+def answer(adapter: Path, image: Path, question: str, max_pixels: int) -> dict[str, float]:
     """What the adapter in a directory answers to one question about one image file: see `fast_prompt.demo.answer`."""
-    pixels = read_image(image)
+    pixels = read_image(image, max_pixels)
     return Answerer.load(adapter).probabilities(pixels, question)
 
 
 def frozen(vision: Any) -> VisualEncoder:
     """The vision transformer as the source of visual tokens: its normed last hidden states, CLS included."""
     return VisualEncoder(vision, hidden_state=None)
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as pixels [1, 8, 24] in [-1, 1], bright strokes on dark.
-
-    Any format that Pillow reads, in colour or grey, and any size about three times as wide as high; it is scaled
-    down or up to 8 x 24. Dark strokes on a bright ground are turned round.
-
-    Raises:
-        ValueError: the file is missing, no image, broken, or of another shape.
-    """
-    try:
-        with Image.open(path) as image:
-            grey = image.convert("L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    stretch = grey.width / grey.height / (IMAGE_WIDTH / IMAGE_HEIGHT)
-    if not 1 / WIDEST_STRETCH <= stretch <= WIDEST_STRETCH:
-        raise ValueError(
-            f"{path}: expected three digits side by side, about three times as wide as high, got {grey.width} x "
-            f"{grey.height}"
-        )
-    scaled = grey.resize((IMAGE_WIDTH, IMAGE_HEIGHT), Image.Resampling.BOX)
-    levels = torch.tensor(list(scaled.tobytes()), dtype=torch.float32).view(1, IMAGE_HEIGHT, IMAGE_WIDTH)
-    if levels.mean() > 127.5:
-        levels = 255 - levels
-    return levels / 127.5 - 1
-
-
-def write_image(pixels: Tensor, path: Path) -> None:
-    """Pixels [1, 8, 24] in [-1, 1] as a grey image file."""
-    levels = ((pixels[0] + 1) * 127.5).round().to(torch.uint8)
-    Image.fromarray(levels.numpy()).save(path)

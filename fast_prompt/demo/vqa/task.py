@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fast_prompt.demo.report import Reload, Results
 from fast_prompt.demo.vqa import language, pictures
-from fast_prompt.demo.vqa.answering import Answerer, write_image
+from fast_prompt.demo.vqa.answering import Answerer
+from fast_prompt.demo.vqa.images import write_image
 from fast_prompt.demo.vqa.inputs import scores
 from fast_prompt.demo.vqa.methods import ADAPTERS, METHODS, adapters
 from fast_prompt.demo.vqa.rows import Data, Examples, facts, prepare, reloaded, rows, train

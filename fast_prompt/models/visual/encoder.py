@@ -1,14 +1,14 @@
 """The frozen image encoder whose hidden states are the visual tokens, and their cache on disk."""
 
-import hashlib
-import json
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fast_prompt.tuning.files import read_tensors, tensor_bytes, write_atomically
+from fast_prompt.models.visual.fingerprint import fingerprint
+from fast_prompt.tuning.sealed import digest, read_sealed, write_sealed
 
 # The one tensor of a cache file.
 FEATURES = "features"
@@ -25,9 +25,10 @@ class VisualEncoder(nn.Module):
         hidden_state: which of its hidden states, as an index of ``output.hidden_states``: -1 is the last block's
             output, before any norm that follows (what the paper takes of CLIP). None stands for
             ``output.last_hidden_state``, which in ViT is normed.
-        cache_dir: where features are kept, one safetensors file an image, under a name that depends on the model's
-            weights and config, on ``hidden_state`` and on the image; nowhere when None. A file that is broken is
-            written anew; none is ever unpickled.
+        cache_dir: where features are kept, one safetensors file an image, under a name that depends on all that decides
+            them (see ``fingerprint``); nowhere when None. A file that is not whole, or not what was written, is
+            computed and written anew with a warning; none is ever unpickled. Each call reads the weights, which large
+            batches share.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -48,7 +49,6 @@ class VisualEncoder(nn.Module):
         self.model = model.requires_grad_(False)
         self.hidden_state = hidden_state
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._fingerprint: tuple[list[tuple[int, int]], str] | None = None
         self.eval()
 
     @property
@@ -70,7 +70,8 @@ class VisualEncoder(nn.Module):
                 dtype.
 
         Returns:
-            [B, Nv, d_v], on the model's device, in its dtype: what ``visual_embeds`` takes.
+            [B, Nv, d_v], on the model's device, in its dtype (or in autocast's, where that decides): what
+            ``visual_embeds`` takes.
 
         Raises:
             ValueError: ``pixel_values`` is of another rank, or empty.
@@ -82,13 +83,14 @@ class VisualEncoder(nn.Module):
         pixel_values = pixel_values.to(parameter.device, parameter.dtype)
         if self.cache_dir is None:
             return self._encode(pixel_values)
-        paths = [self.cache_path(image) for image in pixel_values]
+        fingerprint = self.fingerprint()
+        paths = [self._path(fingerprint, image) for image in pixel_values]
         found = {path: _read(path) for path in paths}
         missing = {path: image for path, image in zip(paths, pixel_values, strict=True) if found[path] is None}
         if missing:
             encoded = self._encode(torch.stack(list(missing.values())))
             for path, features in zip(missing, encoded, strict=True):
-                write_atomically({path: tensor_bytes({FEATURES: features})})
+                _keep(path, features)
                 found[path] = features
         return torch.stack([found[path].to(pixel_values.device) for path in paths])  # type: ignore[union-attr]
 
@@ -98,35 +100,46 @@ class VisualEncoder(nn.Module):
         return self.model(pixel_values=pixel_values, output_hidden_states=True).hidden_states[self.hidden_state]
 
     def cache_path(self, image: Tensor) -> Path:
-        """Where the features of ``image`` [C, H, W], in the model's dtype, are kept."""
-        assert self.cache_dir is not None
-        digest = hashlib.sha256()
-        _update(digest, "image", image)
-        return self.cache_dir / self.fingerprint() / f"{digest.hexdigest()}.safetensors"
+        """Where the features of ``image`` [C, H, W], in the model's dtype, are kept, as things are."""
+        return self._path(self.fingerprint(), image)
 
     def fingerprint(self) -> str:
-        """A hash of the model's class, config and weights and of ``hidden_state``; new when weights change."""
-        state = self.model.state_dict(keep_vars=True)
-        versions = [(value.data_ptr(), value._version) for value in state.values()]
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            digest = hashlib.sha256()
-            config: Any = self.model.config
-            settings = [type(self.model).__name__, config.to_dict(), self.hidden_state]
-            digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-            for name, value in state.items():
-                _update(digest, name, value)
-            self._fingerprint = (versions, digest.hexdigest())
-        return self._fingerprint[1]
+        """A hash of all that decides the features but the image; it reads the weights at each call.
 
+        Of the model's weights, config, classes, activations and plain attributes, of ``hidden_state``, and of the
+        dtype of autocast where that is on.
+        """
+        device = next(self.model.parameters()).device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return fingerprint(self.model, self.hidden_state, autocast)
 
-def _update(digest: Any, name: str, value: Tensor) -> None:
-    digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    def _path(self, fingerprint: str, image: Tensor) -> Path:
+        assert self.cache_dir is not None
+        return self.cache_dir / fingerprint / f"{digest(image).hex()}.safetensors"
 
 
 def _read(path: Path) -> Tensor | None:
-    """The features in a cache file; None where it is missing or broken."""
+    """The features that `_keep` wrote for this place; None where there are none, with a warning about what else is."""
     try:
-        return read_tensors(path).get(FEATURES)
-    except (FileNotFoundError, ValueError):
+        tensors, facts = read_sealed(path)
+        if facts != _facts(path) or tensors.keys() != {FEATURES}:
+            raise ValueError(f"it is another image's or another model's: {facts}, {', '.join(tensors)}")
+        return tensors[FEATURES]
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        warnings.warn(f"{path}: features are computed anew: {error}", stacklevel=3)
+        return None
+
+
+def _keep(path: Path, features: Tensor) -> None:
+    """Write the features, unless they are not finite, or something that is no file is in their place."""
+    if not features.isfinite().all():
+        warnings.warn(f"{path}: features that are not finite are not kept", stacklevel=3)
+    elif path.is_file() or not path.exists():
+        write_sealed(path, {FEATURES: features}, _facts(path))
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """What a file says of itself, so that it is not taken for another that it was copied over."""
+    return {"model": path.parent.name, "image": path.stem}
