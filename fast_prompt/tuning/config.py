@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,8 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from fast_prompt.tuning.files import read_json, write_atomically
 from fast_prompt.tuning.site import FoldedSite, Site
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+from fast_prompt.tuning.storage import SAVE_ID, read_settings, save_config
 
 # Beside the method's own settings, the file says which base the adapter was made for.
 BASE_KEYS = ("base_model_class", "base_model_type", "base_model_name_or_path")
@@ -73,7 +69,7 @@ class MethodConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into ``save_directory`` (made if missing), replacing an old one at once."""
-        write_atomically({Path(save_directory) / CONFIG_NAME: config_bytes(self.to_dict())})
+        save_config(Path(save_directory), self.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -85,8 +81,7 @@ class MethodConfig:
             FileNotFoundError: the directory holds no ``adapter_config.json``.
             ValueError: the file is not JSON, belongs to another method or library, or holds a bad setting.
         """
-        path = Path(directory) / CONFIG_NAME
-        return cls.from_dict(read_json(path), origin=str(path))
+        return cls.from_dict(*read_settings(Path(directory)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "the config") -> Self:
@@ -97,18 +92,13 @@ class MethodConfig:
             found = values.get("method") or values.get("peft_type")
             raise ValueError(f"{origin}: expected a fast_prompt adapter with method {known}, got method {found!r}")
         fields = {field.name for field in dataclasses.fields(config_class)}
-        unknown = sorted(values.keys() - fields - {"method", *BASE_KEYS})
+        unknown = sorted(values.keys() - fields - {"method", SAVE_ID, *BASE_KEYS})
         if unknown:
             warnings.warn(f"{origin}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=3)
         try:
             return config_class(**{key: value for key, value in values.items() if key in fields})
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
-
-
-def config_bytes(values: dict[str, Any]) -> bytes:
-    """A config's dictionary as the bytes of its file."""
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def check_names(field: str, value: object) -> list[str]:

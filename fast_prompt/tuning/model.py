@@ -7,8 +7,6 @@ recorders by the class's name) sees what it saw before. ``revert()`` gives the c
 
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,7 @@ from fast_prompt.tuning.adapters import FOLDED_CHILD, SavedModules, SiteAdapters
 from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
 from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
-from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
-from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.config import MethodConfig
 from fast_prompt.tuning.parameters import SavedParameters
 from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
@@ -36,6 +33,7 @@ from fast_prompt.tuning.state import (
     tensors_in,
     tensors_of,
 )
+from fast_prompt.tuning.storage import StoredAdapter, open_adapter, save_adapter
 
 # The model's children that keep modules_to_save, and parameters that train, out of use.
 SAVED = "fast_prompt_modules"
@@ -306,12 +304,16 @@ class FastPromptModel(nn.Module):
         selected_adapters: list[str] | None = None,
         **others: Any,
     ) -> None:
-        """Save adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, replaced whole or not at all.
+        """Save adapters, each as ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        An adapter that was there is replaced in one step: whatever kills a save, and whoever else saves or loads at the
+        same time, finds the old one or the new one. (The weights file holds the config too; a config file that is not
+        of the same save is not used.)
 
         The adapter in use goes into ``save_directory`` itself, any other into a subdirectory of its name. An adapter's
         file holds its whole trainable state, modules_to_save included, and nothing of the base. In a directory named
-        as ``Trainer`` names its checkpoints, the file is also linked as ``model.safetensors``, the only name from
-        which ``Trainer`` resumes.
+        as ``Trainer`` names its checkpoints, ``model.safetensors`` is a link to the file (a copy where there are no
+        links), the only name from which ``Trainer`` resumes.
 
         Args:
             save_directory: made if missing.
@@ -332,15 +334,14 @@ class FastPromptModel(nn.Module):
         if not is_main_process or not names:
             return
         root, directory = (self.active_adapter if self.active_adapter in names else names[0]), Path(save_directory)
+        second_name = TRAINER_WEIGHTS_NAME if TRAINER_CHECKPOINT.fullmatch(directory.name) else None
         for name in names:
             target = directory if name == root else directory / name
             values = self._fast_prompt.configs[name].to_dict() | describe_base(
                 base_class(self), getattr(self, "config", None)
             )
             tensors = tensors_of(self._parts(name)) if state_dict is None else self._gathered(name, state_dict)
-            write_atomically({target / WEIGHTS_NAME: tensor_bytes(tensors), target / CONFIG_NAME: config_bytes(values)})
-        if TRAINER_CHECKPOINT.fullmatch(directory.name):
-            _link(directory / WEIGHTS_NAME, directory / TRAINER_WEIGHTS_NAME)
+            save_adapter(target, values, tensors, second_name if name == root else None)
 
     @staticmethod
     def from_pretrained(
@@ -364,9 +365,9 @@ class FastPromptModel(nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: a file is broken or foreign, or does not fit the model. The model is then unchanged.
         """
-        config, made_for = _read_config(Path(directory))
-        draft = _draft(model, config, adapter_name)
-        _load_into(draft.parts(), Path(directory), made_for)
+        with open_adapter(Path(directory)) as stored:
+            draft = _draft(model, _config_of(stored), adapter_name)
+            _load_into(draft.parts(), stored)
         adapted = _adapt(model, draft, adapter_name)
         if not is_trainable:
             adapted.requires_grad_(False)
@@ -406,14 +407,15 @@ class FastPromptModel(nn.Module):
             raise ValueError(
                 f"is_trainable: {adapter_name!r} would not be in use; load it, then set_adapter({adapter_name!r})"
             )
-        config, made_for = _read_config(Path(directory))
-        if adapter_name in self._fast_prompt.configs:
-            _check_same(self._fast_prompt.configs[adapter_name], config, adapter_name, Path(directory))
-            _load_into(self._parts(adapter_name), Path(directory), made_for)
-        else:
-            draft = self._new_draft(adapter_name, config)
-            _load_into(draft.parts(), Path(directory), made_for)
-            self._attach(adapter_name, draft)
+        with open_adapter(Path(directory)) as stored:
+            config = _config_of(stored)
+            if adapter_name in self._fast_prompt.configs:
+                _check_same(self._fast_prompt.configs[adapter_name], config, adapter_name, Path(directory))
+                _load_into(self._parts(adapter_name), stored)
+            else:
+                draft = self._new_draft(adapter_name, config)
+                _load_into(draft.parts(), stored)
+                self._attach(adapter_name, draft)
         if is_active and is_trainable is not None:
             for part in self._parts(adapter_name).values():
                 part.requires_grad_(is_trainable)
@@ -649,19 +651,15 @@ def _refuse_wishes(others: Mapping[str, Any]) -> None:
             )
 
 
-def _read_config(directory: Path) -> tuple[MethodConfig, str]:
-    """The config in ``directory``, and the base it was made for."""
-    path = directory / CONFIG_NAME
-    values = read_json(path)
-    return MethodConfig.from_dict(values, origin=str(path)), base_in(values, path)
+def _config_of(stored: StoredAdapter) -> MethodConfig:
+    return MethodConfig.from_dict(stored.settings, stored.origin)
 
 
-def _load_into(parts: Parts, directory: Path, made_for: str) -> None:
-    """Read the weights in ``directory``, check them, and only then copy them into ``parts``."""
-    path = directory / WEIGHTS_NAME
-    tensors = read_tensors(path)
-    check_fit(parts, tensors, str(path), made_for)
-    copy_into(parts, tensors)
+def _load_into(parts: Parts, stored: StoredAdapter) -> None:
+    """Check a stored adapter's weights, and only then copy them into ``parts``."""
+    made_for = base_in(stored.settings, stored.origin)
+    check_fit(parts, stored.weights.entries, str(stored.weights.path), made_for)
+    copy_into(parts, stored.weights.read())
 
 
 def _check_same(here: MethodConfig, there: MethodConfig, name: str, directory: Path) -> None:
@@ -674,13 +672,3 @@ def _check_same(here: MethodConfig, there: MethodConfig, name: str, directory: P
             f"adapter_name: {name!r} exists with other settings than those in {directory} ({'; '.join(different)}); "
             "load it under another name"
         )
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give ``source`` a second name; a copy where the file system has no links."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)

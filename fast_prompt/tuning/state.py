@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fast_prompt.tuning.adapters import find_saved_modules, trainable_copy
 from fast_prompt.tuning.classes import Replacement
 from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.files import Entry
 from fast_prompt.tuning.parameters import trainable_parameters
 from fast_prompt.tuning.site import Site
 
@@ -105,12 +105,12 @@ def tensors_of(parts: Parts) -> dict[str, Tensor]:
     return {name: value for prefix, part in parts.items() for name, value in tensors_in(prefix, part)}
 
 
-def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: str) -> None:
+def check_fit(parts: Parts, tensors: Mapping[str, Tensor | Entry], origin: str, made_for: str) -> None:
     """Raise a ValueError that names what differs unless ``tensors`` has exactly the names and shapes of ``parts``.
 
     Args:
         parts: what to load into.
-        tensors: a file's contents.
+        tensors: a file's contents, or what its header says of them.
         origin: the file's name.
         made_for: the base model that the file says it was made for.
     """
@@ -119,7 +119,7 @@ def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: s
         raise ValueError(f"{origin}: the adapter (made for {made_for}) does not fit this model; {problem}")
 
 
-def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> str:
+def mismatch(tensors: Mapping[str, Tensor | Entry], expected: Mapping[str, Tensor], model: str) -> str:
     """What differs between a file's tensors and those ``expected`` in ``model``, by name and shape; else nothing."""
     shapes = [
         f"{name} {list(tensors[name].shape)} in the file, {list(value.shape)} here"
@@ -156,6 +156,6 @@ def describe_base(model_class: type, config: object) -> dict[str, str | None]:
     }
 
 
-def base_in(values: dict[str, object], path: Path) -> str:
-    """The base named in an adapter's config file."""
-    return str(values.get("base_model_class") or f"a base that {path} does not name")
+def base_in(settings: Mapping[str, object], origin: str) -> str:
+    """The base that an adapter's config names; ``origin`` is its file."""
+    return str(settings.get("base_model_class") or f"a base that {origin} does not name")
