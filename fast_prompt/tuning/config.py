@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -95,10 +96,17 @@ class MethodConfig:
         unknown = sorted(values.keys() - fields - {"method", SAVE_ID, *BASE_KEYS})
         if unknown:
             warnings.warn(f"{origin}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=3)
-        try:
+        with naming(origin):
             return config_class(**{key: value for key, value in values.items() if key in fields})
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
+
+
+@contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """A context whose ValueErrors say where the settings came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 def check_names(field: str, value: object) -> list[str]:

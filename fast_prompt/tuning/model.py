@@ -7,7 +7,7 @@ recorders by the class's name) sees what it saw before. ``revert()`` gives the c
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -19,21 +19,22 @@ from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, 
 from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
 from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.loading import open_loader
 from fast_prompt.tuning.parameters import SavedParameters
 from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
     AdapterState,
     Draft,
     Parts,
-    base_in,
     check_fit,
+    check_values,
     copy_into,
     describe_base,
     listing,
     tensors_in,
     tensors_of,
 )
-from fast_prompt.tuning.storage import StoredAdapter, open_adapter, save_adapter
+from fast_prompt.tuning.storage import save_adapter
 
 # The model's children that keep modules_to_save, and parameters that train, out of use.
 SAVED = "fast_prompt_modules"
@@ -75,11 +76,16 @@ def get_fast_prompt_model(
     return _adapt(model, _draft(model, as_config(config), adapter_name), adapter_name)
 
 
-def _draft(model: nn.Module, config: MethodConfig, adapter_name: str) -> Draft:
+def _draft(
+    model: nn.Module,
+    config: MethodConfig,
+    adapter_name: str,
+    build: Callable[[nn.Module, MethodConfig], Draft] = Draft.build,
+) -> Draft:
     if isinstance(model, FastPromptModel):
         raise ValueError(f"model: it has adapters already ({', '.join(model.adapter_configs)}); use add_adapter")
     check_adapter_name(adapter_name)
-    return Draft.build(model, config)
+    return build(model, config)
 
 
 def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
@@ -349,6 +355,7 @@ class FastPromptModel(nn.Module):
         directory: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        allow_nonfinite: bool = False,
     ) -> Any:
         """Put an adapter saved by ``save_pretrained`` into a fresh base model, in place, and use it.
 
@@ -357,17 +364,18 @@ class FastPromptModel(nn.Module):
             directory: what was given to ``save_pretrained``.
             adapter_name: letters, digits, ``_`` and ``-``.
             is_trainable: whether it shall train on; frozen by default, as in PEFT.
+            allow_nonfinite: whether to take an adapter that holds NaN or infinity.
 
         Returns:
             ``model`` itself, with the methods of ``FastPromptModel``.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is broken or foreign, or does not fit the model. The model is then unchanged.
+            ValueError: a file is broken or foreign, does not fit the model, or holds values of another kind of dtype,
+                NaN or infinity. The model is then unchanged.
         """
-        with open_adapter(Path(directory)) as stored:
-            draft = _draft(model, _config_of(stored), adapter_name)
-            _load_into(draft.parts(), stored)
+        with open_loader(Path(directory), allow_nonfinite) as loader:
+            draft = _draft(model, loader.config, adapter_name, loader.build)
         adapted = _adapt(model, draft, adapter_name)
         if not is_trainable:
             adapted.requires_grad_(False)
@@ -384,7 +392,11 @@ class FastPromptModel(nn.Module):
         return tensors_of(self._parts(name))
 
     def load_adapter(
-        self, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool | None = None
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Load a saved adapter as ``adapter_name``: a new one, or new values for one that has the same settings.
 
@@ -394,11 +406,12 @@ class FastPromptModel(nn.Module):
                 in place, so that an optimizer goes on with them.
             is_trainable: of the adapter in use: whether it trains from now on; as it was when None. Of another,
                 ``set_adapter`` decides, and True is refused.
+            allow_nonfinite: whether to take an adapter that holds NaN or infinity.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is broken or foreign, or does not fit the model; or ``is_trainable`` is True for an
-                adapter that is not in use. The model is then unchanged.
+            ValueError: as ``from_pretrained``; or ``is_trainable`` is True for an adapter that is not in use. The model
+                is then unchanged.
             RuntimeError: the model is folded.
         """
         self._refuse_while_folded("load an adapter")
@@ -407,15 +420,12 @@ class FastPromptModel(nn.Module):
             raise ValueError(
                 f"is_trainable: {adapter_name!r} would not be in use; load it, then set_adapter({adapter_name!r})"
             )
-        with open_adapter(Path(directory)) as stored:
-            config = _config_of(stored)
+        with open_loader(Path(directory), allow_nonfinite) as loader:
             if adapter_name in self._fast_prompt.configs:
-                _check_same(self._fast_prompt.configs[adapter_name], config, adapter_name, Path(directory))
-                _load_into(self._parts(adapter_name), stored)
+                _check_same(self._fast_prompt.configs[adapter_name], loader.config, adapter_name, Path(directory))
+                loader.fill(self._parts(adapter_name))
             else:
-                draft = self._new_draft(adapter_name, config)
-                _load_into(draft.parts(), stored)
-                self._attach(adapter_name, draft)
+                self._attach(adapter_name, self._new_draft(adapter_name, loader.config, loader.build))
         if is_active and is_trainable is not None:
             for part in self._parts(adapter_name).values():
                 part.requires_grad_(is_trainable)
@@ -424,12 +434,17 @@ class FastPromptModel(nn.Module):
         """As ``nn.Module.load_state_dict``; the contents of an adapter's file go to the adapter in use.
 
         The latter is what ``Trainer`` does with its checkpoints.
+
+        Raises:
+            ValueError: an adapter's contents do not fit, are of another kind of dtype, or hold NaN or infinity.
+            RuntimeError: the model is folded.
         """
         self._refuse_while_folded("load weights")
         parts = self._parts(self.active_adapter)
         if state_dict.keys() != tensors_of(parts).keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         check_fit(parts, dict(state_dict), "state_dict", base_class(self).__name__)
+        check_values(parts, state_dict, "state_dict")
         copy_into(parts, dict(state_dict))
         return nn.Module().load_state_dict({})
 
@@ -573,14 +588,19 @@ class FastPromptModel(nn.Module):
         if hasattr(self, SAVED_PARAMETERS):
             self._saved_parameters().place(self, active)
 
-    def _new_draft(self, name: str, config: MethodConfig) -> Draft:
+    def _new_draft(
+        self,
+        name: str,
+        config: MethodConfig,
+        build: Callable[[nn.Module, MethodConfig], Draft] = Draft.build,
+    ) -> Draft:
         """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""
         check_adapter_name(name)
         if name in self._fast_prompt.configs:
             raise ValueError(f"adapter_name: {name!r} exists already")
         check_skips(config, self, self._fast_prompt.dropped)
         with self._disabled():
-            return Draft.build(self, config)
+            return build(self, config)
 
     def _parts(self, name: str) -> Parts:
         """Everything of an adapter, under the prefix of its tensors' names in a file."""
@@ -649,17 +669,6 @@ def _refuse_wishes(others: Mapping[str, Any]) -> None:
                 f"save_pretrained: {name}={value!r} is not supported: it writes an adapter's config and weights, as "
                 "safetensors, into a directory"
             )
-
-
-def _config_of(stored: StoredAdapter) -> MethodConfig:
-    return MethodConfig.from_dict(stored.settings, stored.origin)
-
-
-def _load_into(parts: Parts, stored: StoredAdapter) -> None:
-    """Check a stored adapter's weights, and only then copy them into ``parts``."""
-    made_for = base_in(stored.settings, stored.origin)
-    check_fit(parts, stored.weights.entries, str(stored.weights.path), made_for)
-    copy_into(parts, stored.weights.read())
 
 
 def _check_same(here: MethodConfig, there: MethodConfig, name: str, directory: Path) -> None:
