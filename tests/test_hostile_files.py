@@ -174,3 +174,43 @@ def test_weights_that_are_giant_by_their_header_cost_no_memory(alone, tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 2**40)
     assert "not in this model: x" in alone(load_within, tmp_path, 2**28)
+
+
+def with_targets(targets: str, directory: Path) -> nn.Module:
+    """A model whose attentions were named in a list, saved as if by the regular expression ``targets``."""
+    model = get_fast_prompt_model(base(), APTConfig(num_prompts=2, target_modules=["attention"]))
+    model.save_pretrained(directory)
+    values = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(values | {"target_modules": targets}))
+    return model
+
+
+# On "encoder.layer.0.attention" and its like each has more ways to fail than there is time for.
+ENDLESS = ["([a-z0-9.]+)+!", "(.*)*!", "(e|e|e)(n|n|n)(c|c|c)" + "(.|.|.)" * 30 + "!", ".*.*.*.*.*.*.*.*.*.*.*.*.*.*!"]
+
+
+@pytest.mark.parametrize("targets", ENDLESS)
+def test_an_expression_that_takes_for_ever_is_refused(targets, tmp_path, monkeypatch):
+    monkeypatch.setattr("fast_prompt.models.pattern.SECONDS", 0.5)
+    with_targets(targets, tmp_path)
+    with pytest.raises(ValueError, match=f"{CONFIG}: target_modules: the regular expression .* is not done after 0.5"):
+        FastPromptModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "targets", [r".*\.attention", r"encoder\.layer\.[0-9]+\.attention", "(?:encoder.)?.*attention"]
+)
+def test_a_harmless_expression_of_a_file_loads(targets, tmp_path):
+    model = with_targets(targets, tmp_path)
+    loaded = FastPromptModel.from_pretrained(base(), tmp_path)
+    assert loaded.targeted_module_names == model.targeted_module_names
+    assert loaded.adapter_configs["default"].target_modules == targets
+
+
+@pytest.mark.parametrize("targets", ["(", "[", "*", "(?L)a", "a{99999999999}", "(" * 5000 + ")" * 5000], ids=range(6))
+def test_what_is_no_expression_is_refused(targets, tmp_path):
+    with pytest.raises(ValueError, match="^target_modules: expected a regular expression, got"):
+        APTConfig(target_modules=targets)
+    with_targets(targets, tmp_path)
+    with pytest.raises(ValueError, match=f"{CONFIG}: target_modules: expected a regular expression, got"):
+        FastPromptModel.from_pretrained(base(), tmp_path)
