@@ -2,18 +2,21 @@
 
 import json
 import resource
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from ranks import CONTEXT
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tiny_models import assert_same, build, build_language_model, snapshot
 from torch import nn
 
 from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
 from fast_prompt.tuning import FastPromptModel, get_fast_prompt_model
+from fast_prompt.tuning.config import MethodConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 APT = APTConfig(num_prompts=2)
@@ -214,3 +217,152 @@ def test_what_is_no_expression_is_refused(targets, tmp_path):
     with_targets(targets, tmp_path)
     with pytest.raises(ValueError, match=f"{CONFIG}: target_modules: expected a regular expression, got"):
         FastPromptModel.from_pretrained(base(), tmp_path)
+
+
+NESTED: list = []
+for _ in range(60):
+    NESTED = [NESTED]
+BAD = [None, True, "", "x", 0, -1, 2.5, 10**30, 10**4000, float("nan"), float("inf"), -float("inf")]
+BAD += [[], {}, [None], [{}], [0.5], ["x", ["y"]], {"a": []}, NESTED]
+
+
+def configs_in(values: dict) -> list[dict]:
+    return [values, *values.get("configs", [])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_wrong_value_of_every_field_is_named(method, tmp_path):
+    """Or it is a right one, as None often is, and then it is what the config holds."""
+    saved(method, tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    refused = 0
+    for number, config in enumerate(configs_in(json.loads(text))):
+        for field in config.keys() - {"save_id"}:
+            for bad in BAD:
+                values = json.loads(text)
+                configs_in(values)[number][field] = bad
+                (tmp_path / CONFIG).write_text(json.dumps(values))
+                try:
+                    read = MethodConfig.from_pretrained(tmp_path).to_dict()
+                except ValueError as error:
+                    assert CONFIG in str(error) and field in str(error)
+                    refused += 1
+                else:
+                    assert configs_in(read)[number].get(field, bad) == bad
+    assert refused > 12 * len(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_prompts", True), ("layer", 10**30), ("dropout", float("nan")), ("type_embedding_std", True)]
+    + [("type_embedding_std", float("inf")), ("type_embedding_std", 10**400), ("train_base", ["norms"])],
+)
+def test_a_wrong_value_in_code_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected "):
+        DVPConfig(**{"layer": 1, field: value})
+
+
+def test_a_required_field_that_is_missing_is_named(tmp_path):
+    for method, field in {"DVP": "layer", "combination": "configs"}.items():
+        saved(method, tmp_path)
+        values = json.loads((tmp_path / CONFIG).read_text())
+        del values[field]
+        (tmp_path / CONFIG).write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=f"{CONFIG}: {field}: expected a value"):
+            FastPromptModel.from_pretrained(base(), tmp_path)
+
+
+TEXTS = {
+    "deep": ('{"a": ' + "[" * 100_000, "not valid JSON"),
+    "deep and whole": ('{"a": ' + "[" * 500 + "]" * 500 + "}", "not valid JSON here .nested more than 100 deep"),
+    "a name twice": ('{"method": "APT", "rank": 1, "rank": 2}', "not valid JSON .'rank' is there twice"),
+    "no text": ("\xff\xfe", "not valid JSON"),
+    "a number of a thousand digits": ('{"rank": ' + "9" * 5000 + "}", "not valid JSON"),
+    "a combination of itself": (
+        '{"method": "COMBINED", "configs": [{"method": "COMBINED"}]}',
+        "configs: expected a con",
+    ),
+    "no method": ('{"method": ["APT"]}', "expected a fast_prompt adapter with method .* got method ..APT"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_malformed_config_is_refused(case, tmp_path):
+    saved("APT", tmp_path)
+    text, message = TEXTS[case]
+    (tmp_path / WEIGHTS).write_bytes(save({"x": torch.ones(1)}, {"fast_prompt_config": text}))
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.*{message}"):
+        FastPromptModel.from_pretrained(base(), tmp_path)
+    save_file({"x": torch.ones(1)}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{CONFIG}.*{message}"):
+        FastPromptModel.from_pretrained(base(), tmp_path)
+
+
+def damage_config(random: Random, directory: Path) -> None:
+    """Another value for one of its settings, within the bounds that its fields have or beyond them."""
+    values = json.loads((directory / CONFIG).read_text())
+    config = random.choice(configs_in(values))
+    config[random.choice(sorted(config))] = random.choice([*BAD, 1, 2, 3, 5, ["attention"], ["pooler"], ["encoder"]])
+    (directory / CONFIG).write_text(json.dumps(values))
+
+
+def damage_bytes(random: Random, directory: Path) -> None:
+    """A few bytes, mostly of what stands first, or a cut."""
+    path = directory / random.choice([CONFIG, WEIGHTS])
+    data = bytearray(path.read_bytes())
+    for _ in range(random.randint(1, 4)):
+        data[random.randrange(min(len(data), random.choice([8, 400, 4000])))] = random.randrange(256)
+    path.write_bytes(data[: random.choice([len(data), len(data), random.randrange(len(data))])])
+
+
+def damage_header(random: Random, directory: Path) -> None:
+    """Another value somewhere in the header of the weights."""
+    data = (directory / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    name = random.choice(sorted(header))
+    if random.random() < 0.3 or name == "__metadata__":
+        header[name] = random.choice(BAD)
+    else:
+        header[name][random.choice(["dtype", "shape", "data_offsets"])] = random.choice([*BAD, "I8", "F4", [1], [0, 4]])
+    text = json.dumps(header).encode()
+    (directory / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def damage_files(random: Random, directory: Path) -> None:
+    """A file that is missing, a directory in its place, or the weights of another."""
+    path = directory / random.choice([CONFIG, WEIGHTS])
+    path.unlink()
+    if random.random() < 0.5:
+        path.mkdir()
+    save_file({"x": torch.ones(1)}, directory / "other.safetensors")
+    if random.random() < 0.5 and not (directory / WEIGHTS).exists():
+        (directory / "other.safetensors").rename(directory / WEIGHTS)
+
+
+DAMAGES = [damage_config, damage_config, damage_bytes, damage_header, damage_files]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_folders_are_refused_by_name_and_change_nothing(method, tmp_path):
+    """Seventy-five of each method; some of them are whole enough to load."""
+    saved(method, tmp_path / "whole")
+    files = {name: (tmp_path / "whole" / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    model, random, refused = base(), Random(method), 0
+    before = snapshot(model)
+    for number in range(75):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+        random.choice(DAMAGES)(random, directory)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                FastPromptModel.from_pretrained(model, directory).revert()
+        except (ValueError, FileNotFoundError) as error:
+            assert str(directory) in str(error)
+            refused += 1
+        assert_same(before, snapshot(model))
+    assert refused > 40

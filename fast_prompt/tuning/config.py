@@ -13,8 +13,8 @@ from torch import nn
 from fast_prompt.tuning.site import FoldedSite, Site
 from fast_prompt.tuning.storage import SAVE_ID, read_settings, save_config
 
-# Beside the method's own settings, the file says which base the adapter was made for.
-BASE_KEYS = ("base_model_class", "base_model_type", "base_model_name_or_path")
+# Beside the method's own settings, the file says which base the adapter was made for, and in which save.
+DESCRIBED = ("base_model_class", "base_model_type", "base_model_name_or_path", SAVE_ID)
 
 CONFIG_CLASSES: dict[str, type["MethodConfig"]] = {}
 
@@ -87,13 +87,18 @@ class MethodConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "the config") -> Self:
         """The config whose ``to_dict`` gave ``values``; ``origin`` names their source in warnings and errors."""
-        config_class = CONFIG_CLASSES.get(str(values.get("method")))
+        method = values.get("method")
+        config_class = CONFIG_CLASSES.get(method) if isinstance(method, str) else None
         if config_class is None or not issubclass(config_class, cls):
             known = ", ".join(name for name, each in CONFIG_CLASSES.items() if issubclass(each, cls))
-            found = values.get("method") or values.get("peft_type")
+            found = method or values.get("peft_type")
             raise ValueError(f"{origin}: expected a fast_prompt adapter with method {known}, got method {found!r}")
-        fields = {field.name for field in dataclasses.fields(config_class)}
-        unknown = sorted(values.keys() - fields - {"method", SAVE_ID, *BASE_KEYS})
+        _check_described(values, origin)
+        fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(config_class)}
+        missing = [name for name, is_required in fields.items() if is_required and name not in values]
+        if missing:
+            raise ValueError(f"{origin}: {missing[0]}: expected a value, as {method} has none by default")
+        unknown = sorted(values.keys() - fields.keys() - {"method", *DESCRIBED})
         if unknown:
             warnings.warn(f"{origin}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=3)
         with naming(origin):
@@ -107,6 +112,13 @@ def naming(origin: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+
+
+def _check_described(values: dict[str, Any], origin: str) -> None:
+    """What a config file says beside the settings is text, if it says it."""
+    for key in DESCRIBED:
+        if not isinstance(values.get(key), (str, type(None))):
+            raise ValueError(f"{origin}: {key}: expected text, got {values[key]!r}")
 
 
 def check_names(field: str, value: object) -> list[str]:
