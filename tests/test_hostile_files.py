@@ -88,6 +88,12 @@ def test_floating_dtypes_stand_for_each_other(dtype, tmp_path):
     assert all(torch.equal(loaded[name], value.float()) for name, value in load_file(tmp_path / WEIGHTS).items())
 
 
+def test_values_are_copied_and_not_assigned(tmp_path):
+    model = saved("APT", tmp_path)
+    with pytest.raises(ValueError, match="^assign: expected False"):
+        model.load_state_dict(load_file(tmp_path / WEIGHTS), assign=True)
+
+
 def counting_model() -> nn.Module:
     model = build("vit")[0]
     model.classifier = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 5))
@@ -113,7 +119,7 @@ def test_what_is_not_finite_is_refused_unless_asked_for(method, value, tmp_path)
     model = saved(method, tmp_path)
     name = max(load_file(tmp_path / WEIGHTS))
     edit(tmp_path, lambda tensors: tensors.update({name: torch.full_like(tensors[name], value, dtype=torch.float64)}))
-    assert_refused(model, tmp_path, f"(model.safetensors|state_dict): NaN or infinity, in the dtype here, in {name};")
+    assert_refused(model, tmp_path, f"(model.safetensors|state_dict): NaN or infinity, in the dtype here, in {name}")
     loaded = FastPromptModel.from_pretrained(base(), tmp_path, allow_nonfinite=True)
     assert not loaded.get_adapter_state_dict()[name].isfinite().any()
     for adapter_name in ("default", "another"):

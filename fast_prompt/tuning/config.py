@@ -122,7 +122,7 @@ def _check_described(values: dict[str, Any], origin: str) -> None:
 
 
 def check_names(field: str, value: object) -> list[str]:
-    """The list of module names that ``value`` is; ValueError names the ``field`` otherwise."""
+    """The list of module names that ``value`` is, each once; ValueError names the ``field`` otherwise."""
     if not isinstance(value, (list, tuple, set)) or not value or not all(isinstance(v, str) and v for v in value):
         raise ValueError(f"{field}: expected a list of module names, got {value!r}")
-    return sorted(value) if isinstance(value, set) else list(value)
+    return sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))

@@ -8,7 +8,17 @@ from pathlib import Path
 from torch import nn
 
 from fast_prompt.tuning.config import MethodConfig, naming
-from fast_prompt.tuning.state import Draft, Parts, Plan, base_in, check_fit, check_values, copy_into
+from fast_prompt.tuning.state import (
+    Draft,
+    Parts,
+    Plan,
+    base_in,
+    check_finite,
+    check_fit,
+    check_kinds,
+    copy_into,
+    tensors_of,
+)
 from fast_prompt.tuning.storage import StoredAdapter, open_adapter
 
 
@@ -40,8 +50,10 @@ class Loader:
     def fill(self, parts: Parts) -> None:
         """Check the values against ``parts``, and only then copy them there; ValueErrors name the file."""
         self._check_fit(parts)
-        tensors = self.stored.weights.read()
-        check_values(parts, tensors, str(self.stored.weights.path), self.allow_nonfinite)
+        own, tensors, origin = tensors_of(parts), self.stored.weights.read(), str(self.stored.weights.path)
+        check_kinds(own, tensors, origin)
+        if not self.allow_nonfinite:
+            check_finite(own, tensors, origin, hint="; allow_nonfinite=True loads it nonetheless")
         copy_into(parts, tensors)
 
     def _check_fit(self, parts: Parts) -> None:

@@ -26,8 +26,9 @@ from fast_prompt.tuning.state import (
     AdapterState,
     Draft,
     Parts,
+    check_finite,
     check_fit,
-    check_values,
+    check_kinds,
     copy_into,
     describe_base,
     listing,
@@ -436,15 +437,20 @@ class FastPromptModel(nn.Module):
         The latter is what ``Trainer`` does with its checkpoints.
 
         Raises:
-            ValueError: an adapter's contents do not fit, are of another kind of dtype, or hold NaN or infinity.
+            ValueError: an adapter's contents do not fit, are of another kind of dtype, or hold NaN or infinity; or
+                ``assign`` is True for them.
             RuntimeError: the model is folded.
         """
         self._refuse_while_folded("load weights")
         parts = self._parts(self.active_adapter)
-        if state_dict.keys() != tensors_of(parts).keys():
+        own = tensors_of(parts)
+        if state_dict.keys() != own.keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if assign:
+            raise ValueError("assign: expected False for an adapter's contents, whose values are copied into place")
         check_fit(parts, dict(state_dict), "state_dict", base_class(self).__name__)
-        check_values(parts, state_dict, "state_dict")
+        check_kinds(own, state_dict, "state_dict")
+        check_finite(own, state_dict, "state_dict")
         copy_into(parts, dict(state_dict))
         return nn.Module().load_state_dict({})
 

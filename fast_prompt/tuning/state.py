@@ -193,16 +193,14 @@ def mismatch(tensors: Mapping[str, Tensor | Entry], expected: Mapping[str, Tenso
     return "; ".join(f"{problem}: {listing(names)}" for problem, names in problems.items() if names)
 
 
-def check_values(parts: Parts, tensors: Mapping[str, Tensor], origin: str, allow_nonfinite: bool = False) -> None:
-    """Raise a ValueError unless fitting ``tensors`` can be copied into ``parts`` without being turned into others.
+def check_kinds(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise a ValueError that names what would be cast from one kind of dtype to another.
 
     Args:
-        parts: what to load into.
-        tensors: a file's contents.
+        own: what to load into.
+        tensors: a file's contents, of the same names.
         origin: the file's name.
-        allow_nonfinite: whether NaN and infinity may be among them.
     """
-    own = tensors_of(parts)
     alien = [
         f"{name} {value.dtype} in the file, {own[name].dtype} here"
         for name, value in tensors.items()
@@ -211,12 +209,13 @@ def check_values(parts: Parts, tensors: Mapping[str, Tensor], origin: str, allow
     if alien:
         kinds = ", ".join(map(str, FLOATING))
         raise ValueError(f"{origin}: of another kind of dtype: {listing(alien)}; only {kinds} stand for each other")
+
+
+def check_finite(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, hint: str = "") -> None:
+    """Raise a ValueError, with a ``hint``, that names what is not finite; arguments as those of ``check_kinds``."""
     broken = [name for name, value in tensors.items() if not value.to(own[name].dtype).isfinite().all()]
-    if broken and not allow_nonfinite:
-        raise ValueError(
-            f"{origin}: NaN or infinity, in the dtype here, in {listing(broken)}; from_pretrained and load_adapter "
-            "take it with allow_nonfinite=True"
-        )
+    if broken:
+        raise ValueError(f"{origin}: NaN or infinity, in the dtype here, in {listing(broken)}{hint}")
 
 
 def listing(names: list[str]) -> str:

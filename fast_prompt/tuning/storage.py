@@ -61,8 +61,9 @@ def save_adapter(
 def _weights(settings: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     """The weights file, the config's text within; the same bytes for the same adapter."""
     data = tensor_bytes(tensors)
-    save_id = hashlib.sha256(_config(settings) + data).hexdigest()
-    return with_metadata(data, {CONFIG_KEY: _config(settings | {SAVE_ID: save_id}).decode()})
+    digest = hashlib.sha256(_config(settings))
+    digest.update(data)
+    return with_metadata(data, {CONFIG_KEY: _config(settings | {SAVE_ID: digest.hexdigest()}).decode()})
 
 
 def _config(settings: dict[str, Any]) -> bytes:
