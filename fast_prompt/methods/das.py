@@ -74,10 +74,10 @@ class DASConfig(MethodConfig):
         for name in ("skipped", "candidates"):
             if getattr(self, name) is not None:
                 setattr(self, name, _check_blocks(name, getattr(self, name)))
-        if self.skipped is not None:
-            self.num_skipped = len(self.skipped)
         for name in ("num_skipped", "width", "skip_width"):
             checks.check_count(name, getattr(self, name))
+        if self.skipped is not None:
+            self.num_skipped = len(self.skipped)
         norm = NORM if self.norm is None else self.norm
         check_options(norm, self.activation, self.dropout, self.scale, self.learn_scale, self.init, self.temperature)
         check_experts(self.num_experts, self.num_groups)

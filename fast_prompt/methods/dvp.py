@@ -1,6 +1,5 @@
 """DVP, dynamic visual prompting (arXiv 2306.00409): an image becomes a few prompts inside a language model."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -113,8 +112,7 @@ class DVPConfig(MethodConfig):
         checks.check_probability("dropout", self.dropout)
         if self.type_embedding is not None:
             checks.check_bool("type_embedding", self.type_embedding)
-        if not isinstance(self.type_embedding_std, (int, float)) or not 0 <= self.type_embedding_std < math.inf:
-            raise ValueError(f"type_embedding_std: expected a number from 0, got {self.type_embedding_std!r}")
+        checks.check_not_negative("type_embedding_std", self.type_embedding_std)
 
     def find_sites(self, model: nn.Module) -> list[Site]:
         """The model itself, for prompts and head, and every sublayer that gets an adapter.

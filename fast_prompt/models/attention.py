@@ -6,7 +6,6 @@ replaced. BERT's family gives ``output(O, X)`` the heads' output and X, and proj
 that module's forward is replaced, since H never leaves it.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from fast_prompt.models.architectures import ARCHITECTURES
 from fast_prompt.models.architectures.forwards import attention_forward, normed_output_forward, output_forward
 from fast_prompt.models.contract import check_forwards, refuse
+from fast_prompt.models.pattern import matching
 from fast_prompt.models.proof import Trial, Verdict, prove
 from fast_prompt.tuning.classes import base_class
 from fast_prompt.tuning.site import CHILD, Site
@@ -88,7 +88,8 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
 
     Raises:
         ValueError: the architecture is not known, a name fits nothing, or a module named is no attention (the message
-            lists the attention-like modules found); or a class that is known by name is not what it was.
+            lists the attention-like modules found); a class that is known by name is not what it was; or the regular
+            expression is not done in time.
     """
     if target_modules is None:
         names = _known(model)
@@ -118,7 +119,7 @@ _JOINING_BLOCKS = {name for each in ARCHITECTURES if each.joins_towers and each.
 def _match(model: nn.Module, target_modules: list[str] | str) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(target_modules, str):
-        matched = [name for name in names if re.fullmatch(target_modules, name)]
+        matched = matching("target_modules", target_modules, names)
         unmatched = [] if matched else [target_modules]
     else:
         endings = [(target, f".{target}") for target in target_modules]
