@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast_prompt.backends.call import Call, refuses_dtypes
+from fast_prompt.backends.call import Call, refuses_kernels
 
 name = "cpu"
 
@@ -53,7 +53,7 @@ def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cpu":
         return f"runs on cpu, not on {call.device.type}"
-    return refuses_dtypes(call)
+    return refuses_kernels(call)
 
 
 def isa() -> str:

@@ -12,6 +12,7 @@ from fast_prompt.ops import checks
 from fast_prompt.ops.autocast import activation_dtype, autocast
 from fast_prompt.ops.routes import route_tensors
 from fast_prompt.ops.seeds import seed_tensor
+from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
 
 # The tensors a gradient may be asked for, in the order of every ``needs``.
@@ -93,7 +94,7 @@ def skip_adapter(
     x, kept = autocast(x), None if kept is None else autocast(kept)
     _check_dtypes(x, kept, *parameters)
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
-    backend = choose("skip_adapter", call_facts(x, down_weight, gates=gates))
+    backend = choose("skip_adapter", call_facts(x, *parameters, scale, gates, kept))
     if backend == "reference" or x.numel() == 0 or 0 in down_weight.shape:
         return reference.skip_adapter(
             x,
@@ -124,8 +125,21 @@ def skip_adapter(
     return output if len(shape) == 3 else output.view(shape)
 
 
-def call_facts(x: Tensor, down_weight: Tensor, *_: Any, gates: Tensor | None = None, **options: Any) -> SkipAdapterCall:
+def call_facts(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    gates: Tensor | None = None,
+    kept: Tensor | None = None,
+    **options: Any,
+) -> SkipAdapterCall:
     """What the choice of a backend depends on, from the arguments of ``skip_adapter``."""
+    tensors = (x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates, kept)
     return SkipAdapterCall(
         device=x.device,
         dtype=activation_dtype(x),
@@ -134,6 +148,7 @@ def call_facts(x: Tensor, down_weight: Tensor, *_: Any, gates: Tensor | None = N
         adapter_width=down_weight.shape[-2],
         num_adapters=down_weight.shape[0] if down_weight.dim() == 3 else 1,
         num_experts=0 if gates is None else gates.shape[1],
+        transformed=is_transformed(*tensors),
     )
 
 
@@ -279,11 +294,7 @@ class _SkipAdapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "skip_adapter: its kernels have no second derivatives (create_graph=True); "
-                'with fast_prompt.use_backend("reference"): has'
-            )
+        refuse_derivatives_of_backward("skip_adapter", grad)
         *tensors, route, kept_samples, seed, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:DIFFERENTIABLE]
         grads = torch.ops.fast_prompt.skip_adapter_backward.default(
