@@ -75,7 +75,7 @@ def prompt_compress(
     _check(query, visual, key_weight, value_weight, *biases, num_heads, key_padding_mask, dropout_p, form)
     query, visual = autocast(query), autocast(visual)
     _check_dtypes(query, visual, key_weight, value_weight, *biases)
-    seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, dropout_p, query.device)
     empty = query.numel() == 0 or visual.numel() == 0
     if form == "auto":
         form = cheaper_form(*_sizes(query, visual), num_heads)
@@ -165,7 +165,8 @@ def _projected(
     with torch.autocast(query.device.type, enabled=False):
         k = linear(visual, key_weight.to(query.dtype), optional_to(key_bias, query.dtype))
         v = linear(visual, value_weight.to(query.dtype), optional_to(value_bias, query.dtype))
-        q, k, v = (split_heads(tensor, num_heads) for tensor in (query, k, v))
+        # Of a query whose elements overlap torch's attention would make garbage.
+        q, k, v = (split_heads(tensor, num_heads) for tensor in (query.contiguous(), k, v))
         output = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     return output if key_padding_mask is None else output.masked_fill(empty[:, None, None], 0)
 

@@ -62,7 +62,7 @@ def prompt_diffusion(
     _check(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
     hidden, source = autocast(hidden), autocast(source)
     _check_dtypes(hidden, source, prompts, keys)
-    seed = seed_tensor(seed, hidden.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, dropout_p, hidden.device)
     backend = choose("prompt_diffusion", call_facts(hidden, source, prompts, keys, log_scale))
     if backend == "reference" or hidden.numel() == 0:
         return reference.prompt_diffusion(
