@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fast_prompt
 from fast_prompt import ops
 from fast_prompt.nn import (
+    FoldedPromptDiffusion,
     PromptCompressor,
     PromptDiffusion,
     SkipAdapter,
@@ -175,6 +177,16 @@ def test_forward_over_reverse_is_the_definitions_second_derivative(call):
     expected = torch.autograd.grad(inner(first, directions), doubled, materialize_grads=True)
     for one, other in zip(actual, expected, strict=True):
         close(one, other)
+
+
+def test_a_folded_module_has_the_tangents_of_what_it_folds():
+    adapter, query, output = PromptDiffusion(D, 3), nn.Linear(D, D), nn.Linear(D, D)
+    nn.init.normal_(adapter.prompts)
+    folded = FoldedPromptDiffusion(adapter, query, [], output)
+    x, direction = torch.randn(2, *X).unbind()
+    _, actual = jvp(lambda x: folded.project_output(folded.project_query(x)), (x,), (direction,))
+    _, expected = jvp(lambda x: adapter(output(query(x)), x), (x,), (direction,))
+    close(actual, expected)
 
 
 def test_a_backward_pass_of_the_kernels_refuses_a_tangent():
