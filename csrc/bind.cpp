@@ -96,7 +96,7 @@ class Pool {
 
  public:
   // At width 768 a call takes 1 to 12 MB on two threads, 20 on sixteen: three callers at once, mostly more, find theirs
-  // here again. Of still more some pay for new pages.
+  // here again. With still more, some pay for new pages.
   static constexpr int64_t MOST_KEPT = 1 << 26;
 
   Pool() { blocks.reserve(MOST_BLOCKS + 1); }  // give() cannot fail

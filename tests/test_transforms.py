@@ -208,6 +208,19 @@ def test_a_backend_by_name_refuses_a_transform():
         jvp(function, tuple(values), tuple(directions))
 
 
+def test_a_call_is_explained_within_a_transform():
+    function, values, directions = problem("skip_adapter, gates")
+    said = []
+
+    def explained(x, down, up, low, high, gates):
+        arguments = (x, down, up, low, high, None, None, None, gates)
+        said.append(ops.explain("skip_adapter", *arguments))
+        return ops.skip_adapter(*arguments)
+
+    jvp(explained, tuple(values), tuple(directions))
+    assert said[0].chosen == "reference" and "torch.func" in said[0].reasons["cpu"]
+
+
 def test_compiled_transforms_are_the_definitions():
     function, values, directions = problem("prompt_diffusion, softmax")
 

@@ -165,7 +165,7 @@ def _projected(
     with torch.autocast(query.device.type, enabled=False):
         k = linear(visual, key_weight.to(query.dtype), optional_to(key_bias, query.dtype))
         v = linear(visual, value_weight.to(query.dtype), optional_to(value_bias, query.dtype))
-        # Of a query whose elements overlap torch's attention would make garbage.
+        # Torch's attention makes garbage of a query whose elements overlap.
         q, k, v = (split_heads(tensor, num_heads) for tensor in (query.contiguous(), k, v))
         output = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     return output if key_padding_mask is None else output.masked_fill(empty[:, None, None], 0)

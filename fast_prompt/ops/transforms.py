@@ -25,7 +25,7 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# As of the choice of a backend (``fast_prompt.backends``): torch.compile guards on the stack of transforms by itself.
+# Burnt in, as the choice of a backend is: torch.compile guards on the stack of transforms by itself.
 _in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
