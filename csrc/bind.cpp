@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -85,25 +86,65 @@ Memory allocate_memory(int64_t bytes) {
 
 bool poisoned = false;  // whether scratch starts as NaN: a test sees then what is read before it is written
 
-// Scratch, carved from memory that the calling thread keeps from call to call: what the system hands out anew is cleared
-// page by page, which takes a small call longer than its arithmetic. No thread keeps more than MOST_KEPT.
+// Memory that calls have given back, for later ones: what the system hands out anew is cleared page by page, which
+// takes a small call longer than its arithmetic. One pool for the process: threads that call may be many, and idle.
+class Pool {
+  static constexpr size_t MOST_BLOCKS = 64;
+  std::mutex mutex;
+  std::vector<Memory> blocks;  // the smallest first
+  int64_t bytes = 0;           // of them all
+
+ public:
+  // At width 768 a call takes 1 to 12 MB on two threads, 20 on sixteen: three callers at once, mostly more, find theirs
+  // here again. With still more, some pay for new pages.
+  static constexpr int64_t MOST_KEPT = 1 << 26;
+
+  Pool() { blocks.reserve(MOST_BLOCKS + 1); }  // give() cannot fail
+
+  // The largest block, or an empty one. Who finds another thread here does without: nobody waits, not even a process
+  // that was forked just then.
+  Memory take() {
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    if (!lock || blocks.empty()) return {};
+    Memory largest = std::move(blocks.back());
+    blocks.pop_back();
+    bytes -= largest.size;
+    return largest;
+  }
+
+  void give(Memory block) {
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    if (!lock || !block.start) return;
+    bytes += block.size;
+    const auto smaller = [](const Memory& a, const Memory& b) { return a.size < b.size; };
+    blocks.insert(std::upper_bound(blocks.begin(), blocks.end(), block, smaller), std::move(block));
+    while (bytes > MOST_KEPT || blocks.size() > MOST_BLOCKS) {
+      bytes -= blocks.front().size;
+      blocks.erase(blocks.begin());
+    }
+  }
+};
+
+Pool& pool() {
+  static Pool& only = *new Pool;  // never destroyed: a thread may still call while the process ends
+  return only;
+}
+
+// One call's scratch, carved from the pool's memory.
 class Workspace {
-  static constexpr int64_t MOST_KEPT = 1 << 25;
-  static inline thread_local Memory kept{};
   std::vector<Memory> blocks;
   int64_t used = 0, taken = 0;  // of the last block; of all
 
  public:
-  Workspace() { blocks.push_back(std::exchange(kept, Memory{})); }
+  Workspace() { blocks.push_back(pool().take()); }
   Workspace(const Workspace&) = delete;
   ~Workspace() {
-    if (blocks.size() == 1) {
-      kept = std::move(blocks[0]);
-    } else if (taken <= MOST_KEPT) {
+    if (blocks.size() > 1) {
       blocks.clear();
-      kept = allocate_memory(taken);  // one block, which the next call uses again
-      if (!kept.start) kept.size = 0;
+      // One block, which a later call uses again.
+      blocks.push_back(taken <= Pool::MOST_KEPT ? allocate_memory(taken) : Memory{});
     }
+    pool().give(std::move(blocks[0]));
   }
 
   static void* allocate(void* self, int64_t bytes) {
@@ -137,9 +178,9 @@ cpu::Runtime runtime(Workspace& workspace) {
 
 cpu::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidden, const Tensor& source,
                                               const Tensor& prompts, const Tensor& keys, const Tensor& log_scale,
-                                              const std::optional<Tensor>& seed, const std::string& activation,
-                                              const std::string& row_weight, double dropout_p) {
-  check_prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p);
+                                              const std::optional<Tensor>& seed, int64_t activation,
+                                              int64_t row_weight, double dropout_p) {
+  check_prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, dropout_p);
   cpu::PromptDiffusion problem{};
   problem.rows = source.sizes()[0] * source.sizes()[1];
   problem.width = source.sizes()[2];
@@ -149,15 +190,14 @@ cpu::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidde
   problem.prompts = rows_of(prompts);
   problem.keys = rows_of(keys);
   problem.scale = std::exp(*log_scale.const_data_ptr<float>());
-  problem.softmax = activation == "softmax";
-  problem.max_weight = row_weight == "max";
+  problem.softmax = option<DiffusionActivation>("activation", activation) == DiffusionActivation::SOFTMAX;
+  problem.max_weight = option<RowWeight>("row_weight", row_weight) == RowWeight::MAX;
   set_dropout(problem, seed, dropout_p);
   return problem;
 }
 
 Tensor prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor keys, Tensor log_scale,
-                        std::optional<Tensor> seed, std::string activation, std::string row_weight,
-                        double dropout_p) {
+                        std::optional<Tensor> seed, int64_t activation, int64_t row_weight, double dropout_p) {
   const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
                                                 row_weight, dropout_p);
   Tensor output = contiguous_like(source);
@@ -169,10 +209,9 @@ Tensor prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor key
 // The gradients that are needed, in the order of the flags.
 std::vector<Tensor> prompt_diffusion_backward(Tensor grad, std::optional<Tensor> hidden, Tensor source,
                                               Tensor prompts, Tensor keys, Tensor log_scale,
-                                              std::optional<Tensor> seed, std::string activation,
-                                              std::string row_weight, double dropout_p, bool needs_hidden,
-                                              bool needs_source, bool needs_prompts, bool needs_keys,
-                                              bool needs_log_scale) {
+                                              std::optional<Tensor> seed, int64_t activation, int64_t row_weight,
+                                              double dropout_p, bool needs_hidden, bool needs_source,
+                                              bool needs_prompts, bool needs_keys, bool needs_log_scale) {
   const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
                                                 row_weight, dropout_p);
   STD_TORCH_CHECK(hidden || !needs_log_scale, "hidden: needed for the gradient of log_scale");
@@ -308,9 +347,9 @@ cpu::SkipAdapter skip_adapter_problem(const SkipAdapterInputs& in, double eps) {
                                 [&](int64_t adapter) { return adapter < problem.adapters; }),
                     "route: there are ", problem.adapters, " adapters");
   }
-  problem.norm = static_cast<cpu::Norm>(in.norm_index());
-  problem.activation = static_cast<cpu::Activation>(in.activation_index());
-  problem.residual = static_cast<cpu::Residual>(in.residual_index());
+  problem.norm = static_cast<cpu::Norm>(in.options.norm);
+  problem.activation = static_cast<cpu::Activation>(in.options.activation);
+  problem.residual = static_cast<cpu::Residual>(in.options.residual);
   problem.eps = static_cast<float>(eps);
   set_dropout(problem, in.seed, in.dropout_p);
   return problem;
@@ -321,10 +360,11 @@ std::vector<Tensor> skip_adapter(Tensor output, Tensor x, Tensor down_weight, Te
                                  std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
                                  std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                                  std::optional<Tensor> scale, std::optional<Tensor> gates, std::optional<Tensor> route,
-                                 std::optional<Tensor> seed, std::string norm, std::string activation,
-                                 std::string residual, double eps, double dropout_p, bool keep_hidden) {
-  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
-                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+                                 std::optional<Tensor> seed, int64_t norm, int64_t activation, int64_t residual,
+                                 double eps, double dropout_p, bool keep_hidden) {
+  const SkipOptions options(norm, activation, residual);
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale,
+                             gates, route,       seed,      options,   dropout_p};
   const auto problem = skip_adapter_problem(in, eps);
   check_contiguous(output, "output", x.scalar_type(), {in.batch(), in.tokens(), in.width()}, x);
   std::vector<Tensor> kept;
@@ -343,10 +383,11 @@ std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_wei
                                           std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                                           std::optional<Tensor> scale, std::optional<Tensor> gates,
                                           std::optional<Tensor> route, std::optional<Tensor> seed, Tensor hidden,
-                                          std::string norm, std::string activation, std::string residual, double eps,
+                                          int64_t norm, int64_t activation, int64_t residual, double eps,
                                           double dropout_p, std::vector<bool> needs) {
-  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
-                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+  const SkipOptions options(norm, activation, residual);
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale,
+                             gates, route,       seed,      options,   dropout_p};
   const auto problem = skip_adapter_problem(in, eps);
   check_skip_adapter_backward(in, grad, hidden, needs);
   Results results;
@@ -391,10 +432,10 @@ void poison_scratch(bool on) { poisoned = on; }
 STABLE_TORCH_LIBRARY(fast_prompt_native, m) {
   m.def(
       "prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor keys, Tensor log_scale, Tensor? seed, "
-      "str activation, str row_weight, float dropout_p) -> Tensor");
+      "int activation, int row_weight, float dropout_p) -> Tensor");
   m.def(
       "prompt_diffusion_backward(Tensor grad, Tensor? hidden, Tensor source, Tensor prompts, Tensor keys, "
-      "Tensor log_scale, Tensor? seed, str activation, str row_weight, float dropout_p, bool needs_hidden, "
+      "Tensor log_scale, Tensor? seed, int activation, int row_weight, float dropout_p, bool needs_hidden, "
       "bool needs_source, bool needs_prompts, bool needs_keys, bool needs_log_scale) -> Tensor[]");
   m.def(
       "prompt_compress(Tensor query, Tensor visual, Tensor key_weight, Tensor value_weight, Tensor? value_bias, "
@@ -408,12 +449,12 @@ STABLE_TORCH_LIBRARY(fast_prompt_native, m) {
   m.def(
       "skip_adapter(Tensor(a!) output, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
       "Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? gates, Tensor? route, "
-      "Tensor? seed, str norm, str activation, str residual, float eps, float dropout_p, bool keep_hidden) "
+      "Tensor? seed, int norm, int activation, int residual, float eps, float dropout_p, bool keep_hidden) "
       "-> Tensor[]");
   m.def(
       "skip_adapter_backward(Tensor grad, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
       "Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? gates, Tensor? route, "
-      "Tensor? seed, Tensor hidden, str norm, str activation, str residual, float eps, float dropout_p, "
+      "Tensor? seed, Tensor hidden, int norm, int activation, int residual, float eps, float dropout_p, "
       "bool[] needs) -> Tensor[]");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_levels() -> str");

@@ -8,13 +8,27 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
 namespace fast_prompt {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The options, by number: torch's stable ABI makes a new string of every `str` argument and never frees it. The order is
+// that of OPTIONS in fast_prompt/backends/cpu.py and of the kernels' own enums; COUNT says how many there are.
+enum class DiffusionActivation { RELU, SOFTMAX, COUNT };
+enum class RowWeight { MAX, NONE, COUNT };
+enum class SkipNorm { NONE, LAYER, RMS, LAYER_AFTER, COUNT };
+enum class SkipActivation { RELU, SILU, GELU, COUNT };
+enum class SkipResidual { INPUT, NORMED, NONE, COUNT };
+
+template <class Option>
+Option option(const char* name, int64_t number) {
+  constexpr auto count = static_cast<int64_t>(Option::COUNT);
+  STD_TORCH_CHECK(0 <= number && number < count, name, ": expected a number from 0 to ", count - 1, ", got ", number);
+  return static_cast<Option>(number);
+}
 
 inline void check_sizes(const Tensor& tensor, const char* name, const std::vector<int64_t>& expected) {
   const auto sizes = tensor.sizes();
@@ -53,7 +67,7 @@ inline void check_activations(const Tensor& tensor, const char* name, const Tens
 
 inline void check_prompt_diffusion(const std::optional<Tensor>& hidden, const Tensor& source, const Tensor& prompts,
                                    const Tensor& keys, const Tensor& log_scale, const std::optional<Tensor>& seed,
-                                   const std::string& activation, const std::string& row_weight, double dropout_p) {
+                                   double dropout_p) {
   check_rows(source, "source");
   STD_TORCH_CHECK(source.sizes().size() == 3 && source.numel() > 0, "source: expected [batch, rows, width], not empty");
   if (hidden) check_activations(*hidden, "hidden", source);
@@ -68,8 +82,6 @@ inline void check_prompt_diffusion(const std::optional<Tensor>& hidden, const Te
   STD_TORCH_CHECK(log_scale.scalar_type() == ScalarType::Float && log_scale.numel() == 1,
                   "log_scale: expected one float32");
   check_same_device(log_scale, "log_scale", source);
-  STD_TORCH_CHECK(activation == "relu" || activation == "softmax", "activation: got ", activation);
-  STD_TORCH_CHECK(row_weight == "max" || row_weight == "none", "row_weight: got ", row_weight);
   check_seed(seed, dropout_p, source);
 }
 
@@ -121,18 +133,22 @@ inline void check_kept(const Tensor& tensor, const char* name, const Tensor& que
   check_same_device(tensor, name, query);
 }
 
-// The index of an option among its names.
-inline int option(const char* name, const std::string& value, const std::vector<std::string>& names) {
-  for (size_t index = 0; index < names.size(); ++index)
-    if (names[index] == value) return static_cast<int>(index);
-  STD_TORCH_CHECK(false, name, ": got ", value);
-}
+struct SkipOptions {
+  SkipNorm norm;
+  SkipActivation activation;
+  SkipResidual residual;
+
+  SkipOptions(int64_t norm, int64_t activation, int64_t residual)
+      : norm(option<SkipNorm>("norm", norm)),
+        activation(option<SkipActivation>("activation", activation)),
+        residual(option<SkipResidual>("residual", residual)) {}
+};
 
 // What both directions of skip_adapter are given, as fast_prompt/backends/cpu.py says; A adapters lead every parameter.
 struct SkipAdapterInputs {
   const Tensor &x, &down_weight, &up_weight;
   const std::optional<Tensor>&down_bias, &up_bias, &norm_weight, &norm_bias, &scale, &gates, &route, &seed;
-  const std::string &norm, &activation, &residual;
+  SkipOptions options;
   double dropout_p;
 
   int64_t batch() const { return x.sizes()[0]; }
@@ -142,10 +158,6 @@ struct SkipAdapterInputs {
   int64_t adapter_width() const { return down_weight.sizes()[1]; }
   int64_t experts() const { return gates ? gates->sizes()[1] : 1; }
   int64_t groups() const { return experts() * adapter_width() / up_weight.sizes()[2]; }
-  // In the order of the kernels' Norm, Activation and Residual.
-  int norm_index() const { return option("norm", norm, {"none", "layer", "rms", "layer_after"}); }
-  int activation_index() const { return option("activation", activation, {"relu", "silu", "gelu"}); }
-  int residual_index() const { return option("residual", residual, {"input", "normed", "none"}); }
   // Of the hidden layer that a forward keeps.
   std::vector<int64_t> hidden_sizes() const { return {route ? 1 : adapters(), batch(), tokens(), adapter_width()}; }
 };
@@ -197,10 +209,11 @@ inline void check_skip_adapter(const SkipAdapterInputs& in) {
   check_skip_adapter_parameters(in);
   if (in.scale) check_contiguous(*in.scale, "scale", ScalarType::Float, {in.adapters()}, in.x);
   if (in.route) check_contiguous(*in.route, "route", ScalarType::Long, {in.batch()}, in.x);
-  STD_TORCH_CHECK((in.norm_index() != 0) == in.norm_weight.has_value(), "norm_weight: needed exactly for a norm");
-  STD_TORCH_CHECK(!in.norm_bias || in.norm == "layer" || in.norm == "layer_after", "norm_bias: none for this norm");
-  STD_TORCH_CHECK(in.residual_index() != 1 || in.norm == "layer" || in.norm == "rms", "residual: no norm before");
-  in.activation_index();
+  const SkipNorm norm = in.options.norm;
+  const bool layer = norm == SkipNorm::LAYER, rms = norm == SkipNorm::RMS;
+  STD_TORCH_CHECK((norm != SkipNorm::NONE) == in.norm_weight.has_value(), "norm_weight: needed exactly for a norm");
+  STD_TORCH_CHECK(!in.norm_bias || layer || norm == SkipNorm::LAYER_AFTER, "norm_bias: none for this norm");
+  STD_TORCH_CHECK(in.options.residual != SkipResidual::NORMED || layer || rms, "residual: no norm before");
   check_seed(in.seed, in.dropout_p, in.x);
 }
 

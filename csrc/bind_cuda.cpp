@@ -96,9 +96,9 @@ const cuda::PromptDiffusionKernels& prompt_diffusion_kernels(const Tensor& activ
 
 cuda::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidden, const Tensor& source,
                                                const Tensor& prompts, const Tensor& keys, const Tensor& log_scale,
-                                               const std::optional<Tensor>& seed, const std::string& activation,
-                                               const std::string& row_weight, double dropout_p) {
-  check_prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p);
+                                               const std::optional<Tensor>& seed, int64_t activation,
+                                               int64_t row_weight, double dropout_p) {
+  check_prompt_diffusion(hidden, source, prompts, keys, log_scale, seed, dropout_p);
   STD_TORCH_CHECK(prompts.scalar_type() == source.scalar_type() || prompts.scalar_type() == ScalarType::Float,
                   "prompts: expected the dtype of source, or float32");
   cuda::PromptDiffusion problem{};
@@ -111,15 +111,14 @@ cuda::PromptDiffusion prompt_diffusion_problem(const std::optional<Tensor>& hidd
   problem.keys = rows_of(keys);
   problem.float_weights = prompts.scalar_type() == ScalarType::Float;
   problem.log_scale = log_scale.const_data_ptr<float>();
-  problem.softmax = activation == "softmax";
-  problem.max_weight = row_weight == "max";
+  problem.softmax = option<DiffusionActivation>("activation", activation) == DiffusionActivation::SOFTMAX;
+  problem.max_weight = option<RowWeight>("row_weight", row_weight) == RowWeight::MAX;
   set_dropout(problem, seed, dropout_p);
   return problem;
 }
 
 Tensor prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor keys, Tensor log_scale,
-                        std::optional<Tensor> seed, std::string activation, std::string row_weight,
-                        double dropout_p) {
+                        std::optional<Tensor> seed, int64_t activation, int64_t row_weight, double dropout_p) {
   const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
                                                 row_weight, dropout_p);
   Launch launch(source);
@@ -131,10 +130,9 @@ Tensor prompt_diffusion(Tensor hidden, Tensor source, Tensor prompts, Tensor key
 // The gradients that are needed, in the order of the flags.
 std::vector<Tensor> prompt_diffusion_backward(Tensor grad, std::optional<Tensor> hidden, Tensor source,
                                               Tensor prompts, Tensor keys, Tensor log_scale,
-                                              std::optional<Tensor> seed, std::string activation,
-                                              std::string row_weight, double dropout_p, bool needs_hidden,
-                                              bool needs_source, bool needs_prompts, bool needs_keys,
-                                              bool needs_log_scale) {
+                                              std::optional<Tensor> seed, int64_t activation, int64_t row_weight,
+                                              double dropout_p, bool needs_hidden, bool needs_source,
+                                              bool needs_prompts, bool needs_keys, bool needs_log_scale) {
   const auto problem = prompt_diffusion_problem(hidden, source, prompts, keys, log_scale, seed, activation,
                                                 row_weight, dropout_p);
   STD_TORCH_CHECK(hidden || !needs_log_scale, "hidden: needed for the gradient of log_scale");
@@ -270,9 +268,9 @@ cuda::SkipAdapter skip_adapter_problem(const SkipAdapterInputs& in, double eps) 
   if (in.scale) problem.scale = in.scale->const_data_ptr<float>();
   if (in.gates) problem.gates = in.gates->const_data_ptr<float>();
   if (in.route) problem.route = in.route->const_data_ptr<int64_t>();
-  problem.norm = static_cast<cuda::SkipNorm>(in.norm_index());
-  problem.activation = static_cast<cuda::SkipActivation>(in.activation_index());
-  problem.residual = static_cast<cuda::SkipResidual>(in.residual_index());
+  problem.norm = static_cast<cuda::SkipNorm>(in.options.norm);
+  problem.activation = static_cast<cuda::SkipActivation>(in.options.activation);
+  problem.residual = static_cast<cuda::SkipResidual>(in.options.residual);
   problem.eps = static_cast<float>(eps);
   set_dropout(problem, in.seed, in.dropout_p);
   return problem;
@@ -283,10 +281,11 @@ std::vector<Tensor> skip_adapter(Tensor output, Tensor x, Tensor down_weight, Te
                                  std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
                                  std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                                  std::optional<Tensor> scale, std::optional<Tensor> gates, std::optional<Tensor> route,
-                                 std::optional<Tensor> seed, std::string norm, std::string activation,
-                                 std::string residual, double eps, double dropout_p, bool keep_hidden) {
-  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
-                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+                                 std::optional<Tensor> seed, int64_t norm, int64_t activation, int64_t residual,
+                                 double eps, double dropout_p, bool keep_hidden) {
+  const SkipOptions options(norm, activation, residual);
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale,
+                             gates, route,       seed,      options,   dropout_p};
   const auto problem = skip_adapter_problem(in, eps);
   check_contiguous(output, "output", x.scalar_type(), {in.batch(), in.tokens(), in.width()}, x);
   Launch launch(x);
@@ -305,10 +304,11 @@ std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_wei
                                           std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                                           std::optional<Tensor> scale, std::optional<Tensor> gates,
                                           std::optional<Tensor> route, std::optional<Tensor> seed, Tensor hidden,
-                                          std::string norm, std::string activation, std::string residual, double eps,
+                                          int64_t norm, int64_t activation, int64_t residual, double eps,
                                           double dropout_p, std::vector<bool> needs) {
-  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias,    norm_weight, norm_bias, scale,
-                             gates, route,       seed,      norm,      activation, residual,    dropout_p};
+  const SkipOptions options(norm, activation, residual);
+  const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale,
+                             gates, route,       seed,      options,   dropout_p};
   const auto problem = skip_adapter_problem(in, eps);
   check_skip_adapter_backward(in, grad, hidden, needs);
 

@@ -9,6 +9,9 @@ import torch
 
 from fast_prompt.backends import cpu
 from fast_prompt.reference import prompt_diffusion as reference
+from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
+from fast_prompt.reference.skip_adapter import ACTIVATIONS as SKIP_ACTIVATIONS
+from fast_prompt.reference.skip_adapter import NORMS, RESIDUALS
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = [
@@ -277,3 +280,34 @@ def test_native_op_checks_what_it_is_given(index):
     inputs[index] = torch.zeros(5, 6, 7) if index < 2 else torch.zeros(3, 6)
     with pytest.raises(RuntimeError):
         cpu.prompt_diffusion(*inputs, *settings())
+
+
+def test_options_are_those_of_the_definition():
+    tables = {
+        "prompt_diffusion": (ACTIVATIONS, ROW_WEIGHTS),
+        "skip_adapter": (NORMS, SKIP_ACTIVATIONS, RESIDUALS),
+    }
+    assert {op: [set(values) for values in options.values()] for op, options in cpu.OPTIONS.items()} == {
+        op: [set(table) for table in each] for op, each in tables.items()
+    }
+
+
+@pytest.mark.parametrize(("op", "option"), [(op, option) for op, options in cpu.OPTIONS.items() for option in options])
+def test_native_op_refuses_an_option_by_a_number_too_high(op, option, monkeypatch):
+    monkeypatch.setitem(cpu.OPTIONS[op], option, (*cpu.OPTIONS[op][option], "another"))
+    ones = torch.ones(1, 4, 4)
+    calls = {
+        "prompt_diffusion": lambda **options: cpu.prompt_diffusion(
+            ones, ones, ones[0], ones[0], torch.zeros(()), None, dropout_p=0, **options
+        ),
+        "skip_adapter": lambda **options: cpu.skip_adapter(
+            ones.clone(), ones, ones, ones, *(None,) * 8, eps=1e-5, dropout_p=0, keep_hidden=False, **options
+        ),
+    }
+    known = {name: values[0] for name, values in cpu.OPTIONS[op].items()}
+    calls[op](**known)
+    most = len(cpu.OPTIONS[op][option]) - 2
+    with pytest.raises(RuntimeError, match=f"{option}: expected a number from 0 to {most}, got {most + 1}"):
+        calls[op](**known | {option: "another"})
+    with pytest.raises(ValueError, match=f"{option}: expected one of .*, got 'a third'"):
+        calls[op](**known | {option: "a third"})

@@ -394,9 +394,6 @@ def test_native_op_checks_what_does_not_go_together(change):
 @pytest.mark.parametrize(
     "settings",
     [
-        ("group", "relu", "input", 1e-5, 0.0),
-        ("layer", "tanh", "input", 1e-5, 0.0),
-        ("layer", "relu", "twice", 1e-5, 0.0),
         ("none", "relu", "input", 1e-5, 0.0),
         ("rms", "relu", "input", 1e-5, 0.0),
         ("layer_after", "relu", "normed", 1e-5, 0.0),

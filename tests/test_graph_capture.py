@@ -106,9 +106,9 @@ def test_a_routed_block_copies_nothing_after_its_first_call(fake_gpu):
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 17, 2**53 + 1, 2**63 - 1, -(2**63)])
 def test_a_seed_is_made_exactly(seed):
-    made = seed_tensor(seed, CPU)
+    made = seed_tensor(seed, 0.5, CPU)
     assert made.item() == seed and made.dtype == torch.int64 and made.shape == ()
-    compiled = torch.compile(lambda x: x + seed_tensor(seed, x.device), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda x: x + seed_tensor(seed, 0.5, x.device), backend="aot_eager", fullgraph=True)
     assert compiled(torch.zeros((), dtype=torch.int64)).item() == seed
 
 

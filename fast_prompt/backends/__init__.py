@@ -116,7 +116,7 @@ _reported: set[tuple[object, ...]] = set()
 
 def _report_fallback(op: str, call: Call) -> None:
     """No silent fallback: says once, for each kind of call, that plain PyTorch runs it, and why."""
-    kind = (op, call.device.type, call.dtype)
+    kind = (op, call.device.type, call.dtype, call.transformed)
     if kind not in _reported:
         _reported.add(kind)
         reasons = describe(refusals(op, call))

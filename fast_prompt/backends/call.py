@@ -14,6 +14,7 @@ class PromptDiffusionCall(NamedTuple):
         weight_dtype: the dtype of the prompts and keys.
         width: the model's width d.
         num_prompts: the number of prompts p.
+        transformed: whether forward-mode AD or ``torch.func`` transforms it.
     """
 
     device: torch.device
@@ -21,6 +22,7 @@ class PromptDiffusionCall(NamedTuple):
     weight_dtype: torch.dtype
     width: int
     num_prompts: int
+    transformed: bool = False
 
 
 class PromptCompressCall(NamedTuple):
@@ -34,6 +36,7 @@ class PromptCompressCall(NamedTuple):
         num_heads: h.
         head_dim: d_h, the width of one head.
         visual_width: d_v, the width of a visual token.
+        transformed: whether forward-mode AD or ``torch.func`` transforms it.
     """
 
     device: torch.device
@@ -43,6 +46,7 @@ class PromptCompressCall(NamedTuple):
     num_heads: int
     head_dim: int
     visual_width: int
+    transformed: bool = False
 
 
 class SkipAdapterCall(NamedTuple):
@@ -56,6 +60,7 @@ class SkipAdapterCall(NamedTuple):
         adapter_width: w, the width of an adapter's hidden layer.
         num_adapters: A.
         num_experts: E, or 0 without gates.
+        transformed: whether forward-mode AD or ``torch.func`` transforms it.
     """
 
     device: torch.device
@@ -65,6 +70,7 @@ class SkipAdapterCall(NamedTuple):
     adapter_width: int
     num_adapters: int = 1
     num_experts: int = 0
+    transformed: bool = False
 
 
 Call = PromptDiffusionCall | PromptCompressCall | SkipAdapterCall
@@ -78,8 +84,10 @@ CALLS: dict[str, type[Call]] = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuses_dtypes(call: Call) -> str | None:
-    """Why no kernel of ours, on any device, can take a call's dtypes, or None."""
+def refuses_kernels(call: Call) -> str | None:
+    """Why no kernel of ours, on any device, can take a call, or None."""
+    if call.transformed:
+        return "has no rules for torch.func and forward-mode AD"
     if call.dtype not in _DTYPES:
         return f"has float32, bfloat16 and float16, not {call.dtype}"
     if call.weight_dtype not in (call.dtype, torch.float32):

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast_prompt.backends.call import Call, refuses_dtypes
+from fast_prompt.backends.call import Call, refuses_kernels
 
 name = "cpu"
+
+# By op, what its options may be: the native ops take their numbers, in the order of csrc/bind.h, which says why.
+OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "prompt_diffusion": {"activation": ("relu", "softmax"), "row_weight": ("max", "none")},
+    "skip_adapter": {
+        "norm": ("none", "layer", "rms", "layer_after"),
+        "activation": ("relu", "silu", "gelu"),
+        "residual": ("input", "normed", "none"),
+    },
+}
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARY = _PACKAGE / "_native.so"
@@ -43,7 +53,7 @@ def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cpu":
         return f"runs on cpu, not on {call.device.type}"
-    return refuses_dtypes(call)
+    return refuses_kernels(call)
 
 
 def isa() -> str:
@@ -82,8 +92,9 @@ def prompt_diffusion(
 ) -> Tensor:
     """``fast_prompt.reference.prompt_diffusion`` for hidden and source [B, n, d], not empty, log_scale float32."""
     weights = _unit_stride(prompts), _unit_stride(keys)
+    options = _numbers("prompt_diffusion", activation, row_weight)
     return torch.ops.fast_prompt_native.prompt_diffusion.default(
-        _unit_stride(hidden), _unit_stride(source), *weights, log_scale, seed, activation, row_weight, dropout_p
+        _unit_stride(hidden), _unit_stride(source), *weights, log_scale, seed, *options, dropout_p
     )
 
 
@@ -111,7 +122,7 @@ def prompt_diffusion_backward(
         Five gradients, contiguous, in their inputs' dtypes; None where not wanted.
     """
     weights = _unit_stride(prompts), _unit_stride(keys)
-    settings = (activation, row_weight, dropout_p)
+    settings = (*_numbers("prompt_diffusion", activation, row_weight), dropout_p)
     hidden = None if hidden is None else _unit_stride(hidden)
     results = iter(
         torch.ops.fast_prompt_native.prompt_diffusion_backward.default(
@@ -212,7 +223,7 @@ def skip_adapter(
         The hidden layer before its activation, [A, B, n, w] ([1, B, n, w] with a route), contiguous; or None.
     """
     tensors = _rows(x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
-    settings = (norm, activation, residual, eps, dropout_p)
+    settings = (*_numbers("skip_adapter", norm, activation, residual), eps, dropout_p)
     kept = torch.ops.fast_prompt_native.skip_adapter.default(
         output, *tensors, *_contiguous(scale, gates), route, seed, *settings, keep_hidden
     )
@@ -252,13 +263,23 @@ def skip_adapter_backward(
         route below 0 are not written.
     """
     tensors = _rows(grad, x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
-    settings = (norm, activation, residual, eps, dropout_p)
+    settings = (*_numbers("skip_adapter", norm, activation, residual), eps, dropout_p)
     results = iter(
         torch.ops.fast_prompt_native.skip_adapter_backward.default(
             *tensors, *_contiguous(scale, gates), route, seed, hidden, *settings, list(needs)
         )
     )
     return tuple(next(results) if needed else None for needed in needs)
+
+
+def _numbers(op: str, *values: str) -> list[int]:
+    """An op's options by number; ValueError names one that there is not."""
+    numbers = []
+    for (option, known), value in zip(OPTIONS[op].items(), values, strict=True):
+        if value not in known:
+            raise ValueError(f"{option}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        numbers.append(known.index(value))
+    return numbers
 
 
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -11,7 +11,7 @@ from fast_prompt.backends.call import (
     PromptCompressCall,
     PromptDiffusionCall,
     SkipAdapterCall,
-    refuses_dtypes,
+    refuses_kernels,
 )
 
 name = "cuda"
@@ -43,7 +43,7 @@ def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cuda":
         return f"runs on cuda, not on {call.device.type}"
-    return refuses_dtypes(call) or _refuses_chip(call.device) or _REFUSES_SIZES[op](call)
+    return refuses_kernels(call) or _refuses_chip(call.device) or _REFUSES_SIZES[op](call)
 
 
 def _refuses_chip(device: torch.device) -> str | None:

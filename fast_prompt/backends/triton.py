@@ -19,7 +19,7 @@ from fast_prompt.backends.call import (
     PromptCompressCall,
     PromptDiffusionCall,
     SkipAdapterCall,
-    refuses_dtypes,
+    refuses_kernels,
 )
 
 name = "triton"
@@ -52,7 +52,7 @@ def refuses(op: str, call: Call) -> str | None:
     """Why this backend cannot take a call, or None."""
     if call.device.type != "cuda" and not (call.device.type == "cpu" and interpreted()):
         return f"runs on cuda, not on {call.device.type}"
-    return refuses_dtypes(call) or _REFUSES_SIZES[op](call) or _refuses_chip(call.device)
+    return refuses_kernels(call) or _REFUSES_SIZES[op](call) or _refuses_chip(call.device)
 
 
 def _refuses_prompts(call: PromptDiffusionCall) -> str | None:

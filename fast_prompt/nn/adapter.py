@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.skip_adapter import skip_adapter
 
 
@@ -41,5 +42,6 @@ class BottleneckAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d] to [..., d], dtype of ``x`` (the autocast dtype under autocast)."""
+        check_rows("x", x, self.down_proj.in_features)
         down, up = self.down_proj, self.up_proj
         return skip_adapter(x, down.weight, up.weight, down.bias, up.bias)

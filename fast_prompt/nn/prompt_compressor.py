@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.ops.autocast import activation_dtype
+from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.prompt_compress import prompt_compress
 from fast_prompt.reference.prompt_compress import FORMS
 
@@ -81,9 +83,14 @@ class PromptCompressor(nn.Module):
 
         Returns:
             [B, m, d], dtype of ``query`` (the autocast dtype under autocast); 0 where a sample is padding alone.
+
+        Raises:
+            TypeError, ValueError: an argument is no tensor that fits; the message names it.
         """
+        check_rows("query", query, self.q_proj.in_features, 3)
+        check_rows("visual", visual, self.k_proj.in_features, 3)
         compressed = prompt_compress(
-            self.q_proj(query),
+            _project(self.q_proj, query, activation_dtype(query)),
             visual,
             self.k_proj.weight,
             self.v_proj.weight,
@@ -94,9 +101,14 @@ class PromptCompressor(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             form=self.form,
         )
-        prompts = self.out_proj(compressed)
+        prompts = _project(self.out_proj, compressed, compressed.dtype)
         return prompts if key_padding_mask is None else prompts.masked_fill(key_padding_mask.all(-1)[:, None, None], 0)
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""
         return f"num_heads={self.num_heads}, dropout={self.dropout}, form={self.form!r}"
+
+
+def _project(linear: nn.Linear, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Through a layer whose parameters may be float32 beside activations that are not."""
+    return linear(rows.to(linear.weight.dtype)).to(dtype)

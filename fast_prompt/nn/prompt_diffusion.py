@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS, prompt_diffusion
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
@@ -101,7 +102,11 @@ class PromptDiffusion(nn.Module):
 
         Returns:
             [..., n, d], dtype of ``hidden`` (the autocast dtype under autocast).
+
+        Raises:
+            TypeError, ValueError: an argument is no tensor that fits; the message names it.
         """
+        check_rows("hidden", hidden, self.prompts.shape[1])
         return prompt_diffusion(
             hidden,
             source,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fast_prompt.nn import checks
 from fast_prompt.ops.autocast import activation_dtype
+from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.skip_adapter import skip_adapter
 from fast_prompt.reference.skip_adapter import ACTIVATIONS, RESIDUALS, Adapter
 
@@ -166,7 +167,11 @@ class SkipAdapter(nn.Module):
         Returns:
             as ``x``, dtype of ``x``. Under autocast the adapter computes in its dtype, and the residual stays as wide
             as it came; without a residual the result has the autocast dtype.
+
+        Raises:
+            TypeError, ValueError: an argument is no tensor that fits; the message names it.
         """
+        check_rows("x", x, self.down_proj.in_features, 3 if self.expert_gate else None)
         gates = self.gates(x) if gates is None else gates
         options = self.options()
         if self.residual == "none" or activation_dtype(x) == x.dtype:

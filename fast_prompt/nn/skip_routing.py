@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fast_prompt.nn.skip_adapter import SkipAdapter
+from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.routes import route_tensors
 from fast_prompt.ops.skip_adapter import checked_route, skip_adapter
 from fast_prompt.reference.skip_adapter import Adapter
@@ -56,10 +57,11 @@ def route_block(
         [B, n, d], dtype of ``x`` (the autocast dtype under autocast).
 
     Raises:
-        TypeError: the route is not of whole numbers.
-        ValueError: the route has a wrong length or names no adapter, or the adapters differ in form.
+        TypeError: x is no tensor, or the route is not of whole numbers.
+        ValueError: x or the route has a wrong shape, the route names no adapter, or the adapters differ in form.
     """
     _check_adapters(adapters)
+    check_rows("x", x, adapters[0].down_proj.in_features, 3)
     chosen = checked_route(x, route, len(adapters))
     taken = set(chosen)
     if taken == {-1}:

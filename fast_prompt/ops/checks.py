@@ -29,10 +29,10 @@ def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
     def checked(*arguments: Any) -> None:
         if torch.compiler.is_compiling():
             return check(*arguments)
-        kind = tuple([_kind(value) for value in arguments])
         try:
+            kind = tuple([_kind(value) for value in arguments])
             known = kind in passed
-        except TypeError:  # what cannot be hashed, such as a list or a symbolic size
+        except (TypeError, RuntimeError):  # what cannot be hashed (a list, a symbolic size); a nested tensor's shape
             return check(*arguments)
         if not known:
             check(*arguments)
@@ -44,16 +44,32 @@ def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def check_tensor(name: str, value: object, *, minimum_rank: int = 0) -> None:
-    """A dense floating tensor of at least ``minimum_rank`` dimensions."""
+def check_dense(name: str, value: object) -> None:
+    """A tensor of plain rows: neither nested nor sparse."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
+def check_tensor(name: str, value: object, *, minimum_rank: int = 0) -> None:
+    """A dense floating tensor of at least ``minimum_rank`` dimensions."""
+    check_dense(name, value)
+    assert isinstance(value, Tensor)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.dim() < minimum_rank:
         raise ValueError(f"{name}: expected at least {minimum_rank} dimensions, got shape {tuple(value.shape)}")
+
+
+def check_rows(name: str, value: object, width: int, rank: int | None = None) -> None:
+    """A dense floating tensor [..., width], of ``rank`` dimensions where that is given."""
+    check_tensor(name, value, minimum_rank=1)
+    assert isinstance(value, Tensor)
+    if value.shape[-1] != width or rank not in (None, value.dim()):
+        dimensions = "" if rank is None else f" of {rank} dimensions"
+        raise ValueError(f"{name}: expected shape [..., {width}]{dimensions}, got {tuple(value.shape)}")
 
 
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -76,10 +92,11 @@ def check_device(name: str, value: Tensor, expected: torch.device, meaning: str)
 
 
 def check_mask(name: str, value: object) -> None:
-    """A bool tensor."""
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a bool tensor, True where a token is padding, got {got}")
+    """A dense bool tensor."""
+    check_dense(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, True where a token is padding, got {value.dtype}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -92,7 +109,7 @@ def check_count(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """One of the strings ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -102,3 +119,9 @@ def check_probability(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number in [0, 1), got {type(value).__name__}")
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+
+
+def check_has_values(name: str, value: Tensor) -> None:
+    """Not on meta, where no number can be read."""
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on meta")

@@ -11,6 +11,7 @@ from fast_prompt.backends import BACKENDS, PromptCompressCall, choose
 from fast_prompt.ops import checks
 from fast_prompt.ops.autocast import activation_dtype, autocast
 from fast_prompt.ops.seeds import seed_tensor
+from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.prompt_compress import FORMS, optional_to, split_heads
 
 # What the absorbed form keeps for its backward pass is at most this part of the projected keys and values.
@@ -74,13 +75,14 @@ def prompt_compress(
     _check(query, visual, key_weight, value_weight, *biases, num_heads, key_padding_mask, dropout_p, form)
     query, visual = autocast(query), autocast(visual)
     _check_dtypes(query, visual, key_weight, value_weight, *biases)
-    seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, dropout_p, query.device)
     empty = query.numel() == 0 or visual.numel() == 0
     if form == "auto":
         form = cheaper_form(*_sizes(query, visual), num_heads)
-    if form == "projected" and dropout_p == 0 and not empty:
+    facts = call_facts(query, visual, key_weight, value_weight, *biases, num_heads=num_heads)
+    # Torch's attention has no forward mode.
+    if form == "projected" and dropout_p == 0 and not empty and not facts.transformed:
         return _projected(query, visual, key_weight, value_weight, *biases, num_heads, key_padding_mask)
-    facts = call_facts(query, visual, key_weight, value_weight, num_heads=num_heads)
     backend = choose("prompt_compress", facts)
     if form == "projected" or backend == "reference" or empty:
         return reference.prompt_compress(
@@ -128,7 +130,7 @@ def flops(num_queries: int, num_tokens: int, inner_width: int, visual_width: int
 
 
 def call_facts(
-    query: Tensor, visual: Tensor, key_weight: Tensor, *_: Any, num_heads: int, **options: Any
+    query: Tensor, visual: Tensor, key_weight: Tensor, *others: Any, num_heads: int, **options: Any
 ) -> PromptCompressCall:
     """What the choice of a backend depends on, from the arguments of ``prompt_compress``."""
     return PromptCompressCall(
@@ -139,6 +141,7 @@ def call_facts(
         num_heads=num_heads,
         head_dim=query.shape[2] // num_heads,
         visual_width=visual.shape[2],
+        transformed=is_transformed(query, visual, key_weight, *others, *options.values()),
     )
 
 
@@ -162,7 +165,8 @@ def _projected(
     with torch.autocast(query.device.type, enabled=False):
         k = linear(visual, key_weight.to(query.dtype), optional_to(key_bias, query.dtype))
         v = linear(visual, value_weight.to(query.dtype), optional_to(value_bias, query.dtype))
-        q, k, v = (split_heads(tensor, num_heads) for tensor in (query, k, v))
+        # Torch's attention makes garbage of a query whose elements overlap.
+        q, k, v = (split_heads(tensor, num_heads) for tensor in (query.contiguous(), k, v))
         output = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     return output if key_padding_mask is None else output.masked_fill(empty[:, None, None], 0)
 
@@ -259,11 +263,7 @@ class _PromptCompress(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "prompt_compress: its kernels have no second derivatives (create_graph=True); "
-                'with fast_prompt.use_backend("reference"): has'
-            )
+        refuse_derivatives_of_backward("prompt_compress", grad)
         *tensors, key_bias, mask, seed, logsumexp, probabilities, attended = ctx.saved_tensors
         kept = logsumexp, probabilities, attended
         needs = ctx.needs_input_grad[:5]

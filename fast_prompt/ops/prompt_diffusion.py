@@ -10,6 +10,7 @@ from fast_prompt.backends import BACKENDS, PromptDiffusionCall, choose
 from fast_prompt.ops import checks
 from fast_prompt.ops.autocast import activation_dtype, autocast
 from fast_prompt.ops.seeds import seed_tensor
+from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
 MAX_PROMPTS = 1024
@@ -61,7 +62,7 @@ def prompt_diffusion(
     _check(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
     hidden, source = autocast(hidden), autocast(source)
     _check_dtypes(hidden, source, prompts, keys)
-    seed = seed_tensor(seed, hidden.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, dropout_p, hidden.device)
     backend = choose("prompt_diffusion", call_facts(hidden, source, prompts, keys, log_scale))
     if backend == "reference" or hidden.numel() == 0:
         return reference.prompt_diffusion(
@@ -89,7 +90,12 @@ def call_facts(
 ) -> PromptDiffusionCall:
     """What the choice of a backend depends on, from the arguments of ``prompt_diffusion``."""
     return PromptDiffusionCall(
-        hidden.device, activation_dtype(hidden), prompts.dtype, hidden.shape[-1], prompts.shape[0]
+        device=hidden.device,
+        dtype=activation_dtype(hidden),
+        weight_dtype=prompts.dtype,
+        width=hidden.shape[-1],
+        num_prompts=prompts.shape[0],
+        transformed=is_transformed(hidden, source, prompts, keys, log_scale),
     )
 
 
@@ -163,11 +169,7 @@ class _PromptDiffusion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "prompt_diffusion: its kernels have no second derivatives (create_graph=True); "
-                'with fast_prompt.use_backend("reference"): has'
-            )
+        refuse_derivatives_of_backward("prompt_diffusion", grad)
         needs = ctx.needs_input_grad[:5]
         grads = torch.ops.fast_prompt.prompt_diffusion_backward.default(grad, *ctx.saved_tensors, *ctx.options, needs)
         seed_and_options = (None,) * 5

@@ -12,10 +12,12 @@ from fast_prompt.ops import checks
 from fast_prompt.ops.autocast import activation_dtype, autocast
 from fast_prompt.ops.routes import route_tensors
 from fast_prompt.ops.seeds import seed_tensor
+from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
 
 # The tensors a gradient may be asked for, in the order of every ``needs``.
 DIFFERENTIABLE = 9
+LARGEST_EPS = torch.finfo(torch.float32).max
 
 
 def skip_adapter(
@@ -56,7 +58,7 @@ def skip_adapter(
         up_bias: [d] or [A, d]; with gates [E, d]; or None.
         norm_weight: [d] or [A, d]; needed exactly where ``norm`` is not ``"none"``.
         norm_bias: as ``norm_weight``, or None; None for ``"rms"``.
-        scale: one element, or [A]; any floating dtype; None for 1.
+        scale: one element, for A adapters [A]; any floating dtype; None for 1.
         gates: [B, E], any floating dtype: each sample's weights of the experts. Of a single adapter, without a route.
         kept: [K, n, d], dtype of ``x``: the results, in order, of the K samples whose route is -1.
         norm: ``"none"``; ``"layer"`` or ``"rms"`` of x before the down projection; ``"layer_after"`` of the scaled
@@ -92,8 +94,8 @@ def skip_adapter(
         raise ValueError("kept: expected None without a route, got a tensor")
     x, kept = autocast(x), None if kept is None else autocast(kept)
     _check_dtypes(x, kept, *parameters)
-    seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
-    backend = choose("skip_adapter", call_facts(x, down_weight, gates=gates))
+    seed = seed_tensor(seed, dropout_p, x.device)
+    backend = choose("skip_adapter", call_facts(x, *parameters, scale, gates, kept))
     if backend == "reference" or x.numel() == 0 or 0 in down_weight.shape:
         return reference.skip_adapter(
             x,
@@ -124,8 +126,21 @@ def skip_adapter(
     return output if len(shape) == 3 else output.view(shape)
 
 
-def call_facts(x: Tensor, down_weight: Tensor, *_: Any, gates: Tensor | None = None, **options: Any) -> SkipAdapterCall:
+def call_facts(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    gates: Tensor | None = None,
+    kept: Tensor | None = None,
+    **options: Any,
+) -> SkipAdapterCall:
     """What the choice of a backend depends on, from the arguments of ``skip_adapter``."""
+    tensors = (x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates, kept)
     return SkipAdapterCall(
         device=x.device,
         dtype=activation_dtype(x),
@@ -134,6 +149,7 @@ def call_facts(x: Tensor, down_weight: Tensor, *_: Any, gates: Tensor | None = N
         adapter_width=down_weight.shape[-2],
         num_adapters=down_weight.shape[0] if down_weight.dim() == 3 else 1,
         num_experts=0 if gates is None else gates.shape[1],
+        transformed=is_transformed(*tensors),
     )
 
 
@@ -142,7 +158,7 @@ def _check_options(norm: str, activation: str, residual: str, dropout_p: float, 
     checks.check_choice("activation", activation, ACTIVATIONS)
     checks.check_choice("residual", residual, RESIDUALS)
     checks.check_probability("dropout_p", dropout_p)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps <= LARGEST_EPS:
         raise ValueError(f"eps: expected a number from 0, got {eps!r}")
     if residual == "normed" and norm not in ("layer", "rms"):
         raise ValueError(f"residual: expected a norm before the adapter for 'normed', got norm={norm!r}")
@@ -187,7 +203,9 @@ def _check(
     assert up_weight is not None
     if tuple(up_weight.shape) not in up_shape:
         expected = " or ".join(map(str, up_shape))
-        raise ValueError(f"up_weight: expected shape {expected} (from x and down_weight), got {tuple(up_weight.shape)}")
+        raise ValueError(
+            f"up_weight: expected shape {expected} (from x, down_weight and gates), got {tuple(up_weight.shape)}"
+        )
     optional = {
         "down_bias": (down_bias, (*count, width)),
         "up_bias": (up_bias, up_bias_shape),
@@ -197,10 +215,12 @@ def _check(
     for name, (value, shape) in optional.items():
         if value is not None:
             checks.check_tensor(name, value)
-            checks.check_shape(name, value, shape, "from x and down_weight")
+            checks.check_shape(name, value, shape, "from x, down_weight and gates")
     if scale is not None:
         checks.check_tensor("scale", scale)
-        if scale.numel() != (count[0] if count else 1):
+        if count:
+            checks.check_shape("scale", scale, tuple(count), "one element an adapter of down_weight")
+        elif scale.numel() != 1:
             raise ValueError(f"scale: expected one element an adapter, got shape {tuple(scale.shape)}")
     names = ("down_weight", "up_weight", *optional, "scale", "gates")
     for name, value in zip(names, (*parameters, scale, gates), strict=True):
@@ -211,7 +231,10 @@ def _check(
 def _check_gates(x: Tensor, down_weight: Tensor, gates: Tensor) -> None:
     checks.check_tensor("gates", gates)
     if down_weight.dim() == 3:
-        raise ValueError(f"gates: expected None with several adapters, got shape {tuple(gates.shape)}")
+        raise ValueError(
+            f"gates: expected None with several adapters (down_weight of shape {tuple(down_weight.shape)}), "
+            f"got shape {tuple(gates.shape)}"
+        )
     if x.dim() != 3 or gates.dim() != 2 or gates.shape[0] != x.shape[0] or gates.shape[1] == 0:
         raise ValueError(
             f"gates: expected shape [B, experts] for x [B, n, d], got {tuple(gates.shape)} for x {tuple(x.shape)}"
@@ -225,9 +248,14 @@ def checked_route(x: Tensor, route: Sequence[int] | Tensor, adapters: int) -> li
         TypeError: it is not of whole numbers.
         ValueError: its length is not that of x [B, n, d], or it names an adapter beyond those there are.
     """
-    chosen = list(route.tolist() if isinstance(route, Tensor) and route.dim() == 1 else route)
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in chosen):
+    if isinstance(route, Tensor):
+        checks.check_dense("route", route)
+        checks.check_has_values("route", route)
+        route = route.tolist()
+    whole = isinstance(route, Sequence) and all(isinstance(each, int) and not isinstance(each, bool) for each in route)
+    if not whole:
         raise TypeError(f"route: expected whole numbers, got {route!r}")
+    chosen = list(route)
     if x.dim() != 3 or len(chosen) != x.shape[0]:
         raise ValueError(
             f"route: expected one number for each sample of x [B, n, d], got {len(chosen)} for x {tuple(x.shape)}"
@@ -279,11 +307,7 @@ class _SkipAdapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "skip_adapter: its kernels have no second derivatives (create_graph=True); "
-                'with fast_prompt.use_backend("reference"): has'
-            )
+        refuse_derivatives_of_backward("skip_adapter", grad)
         *tensors, route, kept_samples, seed, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:DIFFERENTIABLE]
         grads = torch.ops.fast_prompt.skip_adapter_backward.default(

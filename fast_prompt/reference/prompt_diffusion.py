@@ -28,7 +28,7 @@ def prompt_diffusion(
         source: [..., n, d], dtype of ``hidden``; the input of the attention's queries.
         prompts: [p, d], dtype of ``hidden`` or float32.
         keys: [p, d], dtype of ``prompts``.
-        log_scale: scalar, any floating dtype; the logarithm of the output's scale.
+        log_scale: one element, any floating dtype; the logarithm of the output's scale.
         activation: ``"relu"`` or ``"softmax"`` (over the p prompts).
         row_weight: ``"max"``, or ``"none"`` for ``w = 1``.
         dropout_p: probability in [0, 1) that an element of ``R`` is dropped; the others are divided by
@@ -66,7 +66,7 @@ def _diffuse(
         kept = dropout_mask(torch.as_tensor(seed), rows, columns, dropout_p, diffusion.device)
         diffusion = diffusion * kept.view(diffusion.shape) / (1 - dropout_p)
     weight = ROW_WEIGHTS[row_weight](diffusion)
-    output = log_scale.to(wide).exp() * (hidden.to(wide) + weight * (diffusion @ p))
+    output = log_scale.to(wide).reshape(()).exp() * (hidden.to(wide) + weight * (diffusion @ p))
     return output.to(hidden.dtype)
 
 

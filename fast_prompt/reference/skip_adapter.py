@@ -47,7 +47,7 @@ def skip_adapter(
         up_bias: [d] or [A, d]; with gates [E, d]; or None.
         norm_weight: [d] or [A, d]; needed exactly where ``norm`` is not ``"none"``.
         norm_bias: as ``norm_weight``, or None; None for ``"rms"``.
-        scale: one element, or [A]; any floating dtype; None for 1.
+        scale: one element, for A adapters [A]; any floating dtype; None for 1.
         gates: [B, E], any floating dtype: each sample's weights of the experts. Of a single adapter, without a route.
         kept: [K, n, d], dtype of ``x``: the results, in order, of the K samples whose route is -1.
         norm: ``"none"``; ``"layer"`` or ``"rms"`` of x before the down projection; ``"layer_after"`` of the scaled
@@ -68,6 +68,7 @@ def skip_adapter(
     arXiv 2309.01479, section 3.3; the mixture is that of LaVIN, arXiv 2305.15023.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = None if scale is None else scale.reshape(down_weight.shape[:-2])
     parameters = Adapter(down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale)
     adapters = apart(parameters.each(lambda parameter: parameter.to(wide)))
     keeps = dropout(x, down_weight, 1 if route is not None else len(adapters), dropout_p, seed)
