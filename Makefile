@@ -17,7 +17,7 @@ help:
 	@echo "make native      the compiled library alone, as far as its sources have changed"
 	@echo "make demo        a language model learns to answer questions about images; results and pictures under runs/"
 	@echo "make test        lint, types, the whole test suite, and its methods on the oldest supported transformers"
-	@echo "make test-fast   the test suite without the gates: no nvcc, no Triton without a GPU, no emulated CUDA"
+	@echo "make test-fast   the test suite without the gates: no kernel compiled or emulated, no whole program run"
 	@echo "make test-compat the methods' tests on the oldest supported transformers and on the newest there is"
 	@echo "make check       lint and types only"
 	@echo "make bench       pytest-benchmark on this machine"
@@ -78,10 +78,10 @@ constraints:
 
 # Not of .venv: a bare machine's own torch, triton and nvcc. ARGS="--op prompt_diffusion" for one op.
 gpu-check:
-	PYTHONPATH=.:kernels $(PYTHON) -m fast_prompt.gpu_check $(ARGS)
+	PYTHONPATH=.:kernels:tools $(PYTHON) -m gpu_check $(ARGS)
 
 docs: setup
-	$(BIN)/python -m fast_prompt.gpu_check.page
+	PYTHONPATH=tools $(BIN)/python -m gpu_check.page
 
 clean:
 	rm -rf build dist runs *.egg-info fast_prompt/_native*.so fast_prompt/_build.json

@@ -1,4 +1,4 @@
-// The compiled library's face to PyTorch: checks tensors, hands the kernels plain pointers, returns tensors.
+// The compiled library's binding to PyTorch: checks tensors, hands the kernels plain pointers, returns tensors.
 // PyTorch's stable ABI only, so one library serves every torch from 2.11 on.
 
 #include <torch/csrc/stable/library.h>
@@ -101,7 +101,7 @@ class Workspace {
       kept = std::move(blocks[0]);
     } else if (taken <= MOST_KEPT) {
       blocks.clear();
-      kept = allocate_memory(taken);  // one block, where the next call finds room for as much
+      kept = allocate_memory(taken);  // one block, which the next call uses again
       if (!kept.start) kept.size = 0;
     }
   }

@@ -1,4 +1,4 @@
-// The CUDA kernels' face to PyTorch, built where nvcc is. It needs no CUDA of torch's: under a CPU torch the library
+// The CUDA kernels' binding to PyTorch, built where nvcc is. It needs no CUDA of torch's: under a CPU torch the library
 // loads as well, and nothing here is ever called.
 
 #include <torch/csrc/stable/accelerator.h>

@@ -78,7 +78,7 @@ def launch_of(op, variant):
 
 
 def digest(op, variant):
-    """Of all that a result follows from."""
+    """A digest of all that a result follows from."""
     facts = (triton.__version__, code_of(op), variant.kernel, variant.arch, *launch_of(op, variant))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -136,7 +136,7 @@ def recorded():
 
 
 def results(chosen, known):
-    """Of these cases, from what is known or from the compiler."""
+    """The results of these cases, from what is known or from the compiler."""
     keys = [digest(*case) for case in chosen]
     missing = [case for key, case in zip(keys, chosen, strict=True) if key not in known]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:

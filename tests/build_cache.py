@@ -59,7 +59,7 @@ def root() -> Path:
 
 
 def key(command: Sequence[str], inputs: Sequence[Path], folders: Sequence[Path] = ()) -> str:
-    """Of all that a result depends on, the SHA-256."""
+    """The SHA-256 of all that a result depends on."""
     text = "\n".join(command[1:])
     names = {str(path): f"<{number}>" for number, path in enumerate((*inputs, *folders))}
     for path in sorted(names, key=len, reverse=True):  # a folder's files before the folder

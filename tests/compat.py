@@ -30,6 +30,7 @@ FILES = (
     "test_generation.py",
     "test_meter.py",
     "test_models.py",
+    "test_old_adapters.py",
     "test_saving.py",
     "test_search.py",
     "test_trainer.py",
@@ -72,6 +73,7 @@ def run(version):
         raise SystemExit(f"the folder of {', '.join(changed)} is not what Python imports")
     tests = [str(TESTS / name) for name in FILES]
     command = [sys.executable, "-m", "pytest", *tests, "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    command += ["-k", "not compile"]  # which concerns torch
     return subprocess.run(command, env=environment, check=False).returncode
 
 

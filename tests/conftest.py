@@ -15,9 +15,16 @@ if not torch.cuda.is_available():
 
 from fast_prompt.backends import cpu  # noqa: E402
 
+# Fixtures that run a whole program: what asks for one is a gate.
+WHOLE_PROGRAMS = {"dry_run", "two_runs", "finished"}
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Gates first: they take minutes each, and what is short fills up the time at the end."""
+    """Gates first: they take longest, and what is short fills up the time at the end."""
+    for item in items:
+        if WHOLE_PROGRAMS.intersection(item.fixturenames):
+            item.add_marker("gate")
     items.sort(key=lambda item: item.get_closest_marker("gate") is None)
 
 

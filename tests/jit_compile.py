@@ -2,7 +2,7 @@
 
 A program of its own, since tests run with ``TRITON_INTERPRET=1``, and since Triton may be of another version
 (tests/overlays.py). A stand-in for the driver names the chip, and a launch goes no further than compilation: the ops'
-faces, autograd and the launchers do what they do on a GPU, and the JIT makes of the real arguments what it makes of
+APIs, autograd and the launchers do what they do on a GPU, and the JIT makes of the real arguments what it makes of
 them there, with numbers that become constants (1) and pointers that are missing (None). Only the front end compiles;
 what comes after it depends on tiles and chips, and is what tests/aot_compile.py is about.
 

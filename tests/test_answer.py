@@ -293,9 +293,7 @@ def test_questions_that_cannot_be_used(adapter, image, capsys, question, named):
     refused(ask(adapter, image, question), capsys, "question", named)
 
 
-@pytest.mark.parametrize(
-    "missing", ["", "answers.json", "adapter_config.json", "adapter_model.safetensors", "vision/model.safetensors"]
-)
+@pytest.mark.parametrize("missing", ["", "answers.json", "adapter_model.safetensors", "vision/model.safetensors"])
 def test_a_missing_part_of_the_adapter_is_named(adapter, image, capsys, missing):
     part = adapter / missing
     part.unlink() if missing else shutil.rmtree(part)

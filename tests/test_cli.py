@@ -279,6 +279,7 @@ def test_bench_for_people(capsys, quick):
             assert f"prompt_diffusion {SMALL} {dtype} {name}, floor" in shown
 
 
+@pytest.mark.gate
 def test_a_process_of_its_own_prints_nothing_but_json():
     """The whole way, compilers included: python -m fast_prompt."""
     argv = [sys.executable, "-m", "fast_prompt", *BENCH, "--pass", "fwd", "--shape", SMALL, "--json"]

@@ -279,6 +279,7 @@ def test_own_queries_change_nothing_for_the_tokens(name):
 # The papers' figures, at full size
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("text_length", [40, 50])
 def test_das_on_meter_saves_what_the_paper_says(text_length):
     subject = cost.find_subject("meter", text_length=text_length)
@@ -291,6 +292,7 @@ def test_das_on_meter_saves_what_the_paper_says(text_length):
     assert sentence.startswith(f"das, 4 blocks skipped: {row.share:+.2%}") and "-11.97 %" in sentence
 
 
+@pytest.mark.gate
 def test_apt_against_deep_prompts_on_meter():
     """Each convention by hand; the paper's figure lies nearest to that of prompts with their own queries."""
     subject = cost.find_subject("meter")
@@ -309,6 +311,7 @@ def test_apt_against_deep_prompts_on_meter():
         assert form in sentence and f"{savings[form]:+.2f}%" in sentence and "-82.30 %" in sentence
 
 
+@pytest.mark.gate
 def test_dvp_against_all_visual_tokens_on_bert():
     subject = cost.find_subject("bert")
     rows = cost.count(subject, ["dvp"], cost.Settings())

@@ -264,14 +264,48 @@ def test_generate_is_the_same_with_and_without_cache(settings, beams):
             assert torch.equal(logits.argmax(-1), results[0][:, length])
 
 
-def test_left_padding_generates_what_no_padding_does():
-    model = generator(0)
+@pytest.mark.parametrize("more", [{}, {"use_cache": False}, {"prefill_chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, ROUTER])
+def test_left_padding_generates_what_no_padding_does(settings, more):
+    model = generator(0, **settings)
     ids = torch.randint(2, 49, (1, 4), generator=torch.Generator().manual_seed(3))
     padded = torch.cat([torch.full((1, 3), 1), ids], 1)
     mask = (torch.arange(7) >= 3).long()[None]
     plain = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    output = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    output = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, **more)
     assert torch.equal(output[:, 7:], plain[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vit"])
+def test_the_router_reads_the_first_real_token(name, attention):
+    model, inputs = adapted(name, config(0, **ROUTER))
+    model.set_attn_implementation(attention)
+    block = model.get_submodule(find_blocks(model)[0].path)
+    adapter, read, came = block.fast_prompt_skip["default"], [], []
+    adapter.expert_gate.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    block.register_forward_pre_hook(
+        lambda _, args, kwargs: came.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    length = inputs["attention_mask"].shape[1]
+    for padding in ([0, 0], [2, 0], [length - 1, 1]):
+        mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
+        for each in (mask, mask.flip(-1)):
+            read.clear()
+            came.clear()
+            inputs["attention_mask"] = each
+            run(model, inputs) if name != "meter" else model(**inputs)
+            first = torch.tensor(padding) if each is mask else torch.zeros(2, dtype=torch.long)
+            assert torch.equal(read[0], adapter.norm(came[0][torch.arange(2), first]))
+
+
+def test_sequences_that_share_a_row_are_refused_where_experts_are_mixed():
+    ids = torch.randint(2, 49, (1, 7), generator=torch.Generator().manual_seed(3))
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "use_cache": False}
+    generator(0)(**packed)
+    with pytest.raises(ValueError, match="attention_mask: expected one sequence in each row .*num_experts"):
+        generator(0, **ROUTER)(**packed)
 
 
 def test_llamas_skip_starts_with_the_blocks_own_norm():

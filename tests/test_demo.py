@@ -113,6 +113,7 @@ def test_the_second_run_takes_the_base_of_the_first(two_runs, monkeypatch):
         base.pretrained(directory, MINIATURE, 4, lambda: None)
 
 
+@pytest.mark.gate
 def test_a_broken_base_is_made_anew(tmp_path):
     first = base.pretrained(tmp_path, MINIATURE, 3, lambda: None)
     whole = first.path.read_bytes()

@@ -1,16 +1,22 @@
 """DVP inside language models: what enters, where, who sees it, and what is refused."""
 
+import copy
+import pickle
+
 import eager_dvp
 import pytest
 import torch
-from tiny_models import LANGUAGE_MODELS, WIDTH, bert_decoder, build_language_model, text_inputs
+from tiny_models import LANGUAGE_MODELS, LLAMA, WIDTH, bert_decoder, build_language_model, text_inputs
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertForTokenClassification,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     StaticCache,
     T5Config,
     T5EncoderModel,
@@ -18,6 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from fast_prompt import DVPConfig, get_fast_prompt_model
+from fast_prompt.models.cache import cache_in
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 VISUAL_WIDTH, TOKENS = 24, 5
@@ -114,7 +121,7 @@ def test_the_query_can_be_pooled_otherwise(query):
     }[query]
     prompts = eager_dvp.prompts_of(prompter, pooled, features().double(), None)
     torch.testing.assert_close(
-        prompter(text, inputs["attention_mask"], None, features().double(), None), prompts, rtol=DOUBLE, atol=DOUBLE
+        prompter(text, inputs["attention_mask"], features().double(), None), prompts, rtol=DOUBLE, atol=DOUBLE
     )
 
 
@@ -132,7 +139,7 @@ def test_images_without_a_real_token_give_the_type_embedding_alone():
     assert visual.grad[0].abs().sum() > 0
     assert visual.grad[1].abs().sum() == 0
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
-    prompts = prompter(torch.randn(2, 7, WIDTH), None, None, features(), real == 0)
+    prompts = prompter(torch.randn(2, 7, WIDTH), None, features(), real == 0)
     assert torch.equal(prompts[1, 0], prompter.type_embedding[1])
 
 
@@ -243,6 +250,32 @@ def test_caches_that_cannot_hold_the_prompts_are_refused():
         model(**inputs, visual_embeds=features(), past_key_values=cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["t5_generator", "llama_generator"])
+def test_a_cache_with_prompts_serves_those_who_put_them_there(name, layer):
+    model, inputs, _ = adapted(name, config(layer, num_prompts=2))
+    model.add_adapter("one", config(layer))
+    model.add_adapter("later", config(2, num_prompts=2))
+    cache = cache_in(model(**inputs, visual_embeds=features(), use_cache=True))
+    assert cache.get_seq_length() == (3 if name == "t5_generator" else 7)
+    generated = "decoder_input_ids" if name == "t5_generator" else "input_ids"
+    more = {**inputs, generated: inputs[generated][:, -1:], "use_cache": True}
+    if name == "llama_generator":
+        more["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    for other in ("one", "later"):
+        model.set_adapter(other)
+        with pytest.raises(ValueError, match="past_key_values: the cache was filled, or cropped, without these"):
+            model(**more, visual_embeds=features(), past_key_values=cache)
+    with model.disable_adapter(), pytest.raises(ValueError, match="past_key_values: the cache holds visual prompts"):
+        model(**more, past_key_values=cache)
+    model.set_adapter("default")
+    first, *others = (model(**more, past_key_values=each).logits for each in (cache, *copies))
+    assert all(torch.equal(first, other) for other in others)
+    assert {each.get_seq_length() for each in (cache, *copies)} == {cache.get_seq_length(2)}
+
+
 def test_encoder_outputs_can_be_given():
     model, inputs, _ = adapted("t5", config())
     whole = model(**inputs, visual_embeds=features())
@@ -338,13 +371,139 @@ def test_a_question_longer_than_the_models_limit_is_refused(name, longest):
                 model(**inputs, visual_embeds=features(1))
 
 
-def test_labels_that_the_prompts_would_tell_are_refused():
-    model, inputs, _ = adapted("llama_generator", config())
-    with pytest.raises(ValueError, match="labels: they lie in the text .*answer_token_id"):
-        model(**inputs, labels=inputs["input_ids"], visual_embeds=features())
-    model.revert()
-    get_fast_prompt_model(model, config(answer_token_id=3))
-    assert model(**inputs, labels=inputs["input_ids"], visual_embeds=features()).loss.isfinite()
+ANSWERS = [[9, 10, 11], [20, 21, 22]]
+# The question, in which 49 is the marker; what else is given; and the error, or None where the answer stays untold.
+LABELLED = {
+    "a marker": ([5, 6, 7, 49], {}, None),
+    "no marker": ([5, 6, 7, 8], {}, "labels: they lie in the text .*answer_token_id .*visual_query_mask"),
+    "no marker set": ([5, 6, 7, 49], {"answer_token_id": None}, "labels: they lie in the text"),
+    "the first token asks": ([5, 6, 7, 8], {"query": "first"}, None),
+    "the question is told": ([5, 6, 7, 8], {"stated": True}, None),
+    "embeddings": ([5, 6, 7, 49], {"embeds": True}, r"input_ids: expected the ids in which answer_token_id .49."),
+    "embeddings, and the question is told": ([5, 6, 7, 49], {"embeds": True, "stated": True}, None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", LABELLED)
+def test_prompts_never_tell_the_answer(case):
+    question, more, message = LABELLED[case]
+    settings = {name: more[name] for name in ("answer_token_id", "query") if name in more}
+    model, _, _ = adapted("llama_generator", config(**{"answer_token_id": 49, **settings}))
+    asked = []
+    for answer in ANSWERS:
+        ids = torch.tensor([question + answer])
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids)} if "embeds" in more else {"input_ids": ids}
+        if "stated" in more:
+            inputs["visual_query_mask"] = torch.ones(1, 4, dtype=torch.long)
+        labels = torch.where(torch.arange(7) < 4, -100, ids)
+        if message is not None:
+            with pytest.raises(ValueError, match=message):
+                model(**inputs, labels=labels, visual_embeds=features(1))
+            return
+        output = model(**inputs, labels=labels, visual_embeds=features(1))
+        assert output.loss.isfinite()
+        asked.append(output.logits[:, :4])
+    assert torch.equal(*asked)
+
+
+def test_a_sample_without_an_answer_needs_no_marker():
+    model, inputs, _ = adapted("llama_generator", config(answer_token_id=49))
+    inputs["input_ids"][0, 2] = 49
+    labels = torch.where(torch.arange(7) > 2, inputs["input_ids"], -100)
+    labels[1] = -100
+    assert model(**inputs, labels=labels, visual_embeds=features()).loss.isfinite()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+def test_the_question_can_be_told(name):
+    """Prompts asked for with part of a text are those that this part alone would ask for, and mean what it does."""
+    for query in ("first", "last", "mean"):
+        model, inputs, prompter = adapted(name, config(0, query=query))
+        came = []
+        prompter.compressor.q_proj.register_forward_pre_hook(lambda _, args, came=came: came.append(args[0]))
+        told = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])
+        model(**inputs, visual_embeds=features(), visual_query_mask=told)
+        source = came_from(name, model, inputs)
+        rows = {"first": ([1], [0]), "last": ([2], [1]), "mean": ([1, 2], [0, 1])}[query]
+        expected = torch.stack([source[sample, places].mean(0) for sample, places in enumerate(rows)])
+        torch.testing.assert_close(came[0][:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def came_from(name: str, model: nn.Module, inputs: dict) -> Tensor:
+    """What is pooled where prompts enter the first block."""
+    if name == "t5":
+        return model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+    return (
+        model.embeddings(input_ids=inputs["input_ids"]) if name == "bert" else model.embed_tokens(inputs["input_ids"])
+    )
+
+
+BAD_QUESTIONS = {
+    "a list": ([1, 1], TypeError, "visual_query_mask: expected a bool or whole-number tensor, .*got list"),
+    "scores": (torch.ones(2, 7), TypeError, "visual_query_mask: .*got torch.float32"),
+    "batch": (torch.ones(3, 7).bool(), ValueError, r"visual_query_mask: expected shape \[2, n\], got \[3, 7\]"),
+    "rank": (torch.ones(2).bool(), ValueError, r"visual_query_mask: expected shape \[2, n\], got \[2\]"),
+    "beyond the text": (torch.ones(2, 9).bool(), ValueError, "visual_query_mask: the first 7 of 9 tokens end before"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_QUESTIONS)
+@pytest.mark.parametrize("name", ["bert_classifier", "t5_generator", "llama_generator"])
+def test_a_bad_question_is_refused(name, case):
+    mask, error, message = BAD_QUESTIONS[case]
+    model, inputs, _ = adapted(name, config(query="last"))
+    with pytest.raises(error, match=message):
+        model(**inputs, visual_embeds=features(), visual_query_mask=mask)
+
+
+def test_sequences_that_share_a_row_are_refused():
+    model, _, _ = adapted("llama_generator", config())
+    packed = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    with pytest.raises(ValueError, match="position_ids: expected one sequence in each row"):
+        model(**packed, visual_embeds=features(1), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["t5_generator", "llama_generator"])
+def test_nothing_is_generated_without_a_question(name):
+    model, _, _ = adapted(name, config())
+    with pytest.raises(ValueError, match="input_ids: expected the text, or its embeddings"):
+        model.generate(visual_embeds=features(), max_new_tokens=2)
+
+
+def test_a_marker_is_looked_for_in_ids_alone():
+    """A T5 that is given its encoder's output generates with the marker no more than it runs with it."""
+    model, inputs, _ = adapted("t5_generator", config(answer_token_id=49))
+    encoded = model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    given = {"encoder_outputs": encoded, "attention_mask": inputs["attention_mask"], "visual_embeds": features()}
+    for call in (lambda **more: model(**given, **more), lambda **more: model.generate(**given, **more)):
+        with pytest.raises(ValueError, match="input_ids: expected the ids in which answer_token_id"):
+            call(decoder_input_ids=torch.zeros(2, 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_batch_may_be_dynamic(name):
+    model, inputs, _ = adapted(name, config(dropout=0.0, num_prompts=2))
+    inputs = {**inputs, "visual_embeds": features()} | ({"use_cache": False} if name == "llama" else {})
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {key: {0: batch} if isinstance(value, Tensor) else None for key, value in inputs.items()}
+    exported = torch.export.export(model, (), kwargs=inputs, strict=False, dynamic_shapes=shapes).module()
+    more = {key: torch.cat([value, value[:1]]) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    torch.testing.assert_close(exported(**more)[0], model(**more)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_llama_that_calls_itself_a_decoder_takes_prompts():
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, is_decoder=True)).eval()
+    get_fast_prompt_model(model, config())
+    assert model(**text_inputs(), visual_embeds=features()).logits.isfinite().all()
+
+
+def test_a_dynamic_rope_goes_past_the_limit():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | {"max_position_embeddings": 5}, rope_parameters=rope)).eval()
+    get_fast_prompt_model(model, config())
+    assert model(**text_inputs(), visual_embeds=features()).logits.isfinite().all()
 
 
 BAD_MODELS = {
@@ -371,6 +530,8 @@ def test_unknown_architectures_learn_what_is_known():
     for model in (gpt, bert_decoder()[0], t5_encoder):
         with pytest.raises(ValueError, match="known: BERT .BertEncoder, RobertaEncoder.; T5 .T5Stack.; LLaMA"):
             get_fast_prompt_model(model, config(0))
+    with pytest.raises(ValueError, match="BertForMultipleChoice: expected a model that takes one text for an image"):
+        get_fast_prompt_model(BertForMultipleChoice(BertConfig(**bert_sizes())), config(0))
 
 
 BAD_FIELDS = {

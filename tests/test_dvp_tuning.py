@@ -406,7 +406,8 @@ def test_the_forward_shows_what_it_takes():
     before = list(inspect.signature(model.forward).parameters)
     get_fast_prompt_model(model, config(num_answers=2))
     names = list(inspect.signature(model.forward).parameters)
-    assert names == [*before[:-1], "visual_embeds", "visual_attention_mask", "labels", "num_items_in_batch", before[-1]]
+    visual = ["visual_embeds", "visual_attention_mask", "visual_query_mask"]
+    assert names == [*before[:-1], *visual, "labels", "num_items_in_batch", before[-1]]
     model.revert()
     assert list(inspect.signature(model.forward).parameters) == before
 

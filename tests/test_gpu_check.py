@@ -14,10 +14,10 @@ from fast_prompt import bench, parity
 from fast_prompt.backends import cpu
 from fast_prompt.backends.call import CALLS
 from fast_prompt.bench import prompt_diffusion as diffusion_bench
-from fast_prompt.gpu_check import machine, page, report, runner
-from fast_prompt.gpu_check.__main__ import main as gpu_check_main
-from fast_prompt.gpu_check.place import DRY, GPU
-from fast_prompt.gpu_check.steps import Step, steps
+from gpu_check import machine, page, report, runner
+from gpu_check.__main__ import main as gpu_check_main
+from gpu_check.place import DRY, GPU
+from gpu_check.steps import Step, steps
 
 OP = "prompt_diffusion"
 

@@ -36,7 +36,7 @@ def compiled(request):
 
 
 def digest(version):
-    """Of all that a result follows from."""
+    """A digest of all that a result follows from."""
     files = [
         PROGRAM,
         *(path for folder in ("fast_prompt", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))),

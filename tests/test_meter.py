@@ -438,6 +438,8 @@ def test_a_pretrained_checkpoint_has_no_head_and_a_warning_says_so(reload, model
             r"1 \+ a square number.*\[16, 40\]",
         ),
         ({"vit_model.visual.positional_embedding": torch.ones(10, 8)}, "of another shape: .*position_embedding"),
+        ({"vqa_classifier.3.bias": torch.ones(7).char()}, "another kind of dtype: vqa_classifier.3.bias torch.int8 in"),
+        ({"vqa_classifier.3.bias": torch.full([7], torch.nan)}, "NaN or infinity, .* in vqa_classifier.3.bias"),
         ({"vqa_classifier.3.bias": torch.ones(9)}, r"vqa_classifier.3.bias \[9\] in the file, \[7\] here"),
         ({"vit_model.visual.transformer.resblocks.0.attn.in_proj_bias": torch.ones(121)}, r"q_proj.bias \[41\]"),
         ({"vit_model.visual.transformer.resblocks.0.attn.in_proj_bias": torch.tensor(1.0)}, r"k_proj.bias \[0\]"),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,7 +149,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", ["safetensors", "write", "first rename", "second rename"])
-def test_a_save_that_dies_leaves_the_old_adapter_whole(fails_at, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_adapter_or_the_new_one(fails_at, tmp_path, monkeypatch):
     model, _ = trained()
     model.save_pretrained(tmp_path)
     old = files_in(tmp_path)
@@ -175,7 +177,80 @@ def test_a_save_that_dies_leaves_the_old_adapter_whole(fails_at, tmp_path, monke
     with pytest.raises(OSError, match="disk full"):
         other.save_pretrained(tmp_path)
     monkeypatch.undo()
-    assert files_in(tmp_path) == old
+    if fails_at != "second rename":  # the first one has replaced the adapter, the second one its config's copy
+        assert files_in(tmp_path) == old
+        return
+    with pytest.warns(UserWarning, match=f"{CONFIG}: of another save than the weights"):
+        loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert loaded.adapter_configs == other.adapter_configs
+    assert files_in(tmp_path).keys() == {CONFIG, WEIGHTS}
+
+
+def test_a_config_that_somebody_has_edited_counts(tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    edit(dropout=0.5)(tmp_path / CONFIG)
+    loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert loaded.adapter_configs["default"].dropout == APTConfig.from_pretrained(tmp_path).dropout == 0.5
+    APTConfig(num_prompts=3, dropout=0.25, modules_to_save=["classifier"]).save_pretrained(tmp_path)
+    loaded = FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+    assert loaded.adapter_configs["default"].dropout == APTConfig.from_pretrained(tmp_path).dropout == 0.25
+
+
+def test_the_config_of_another_save_does_not_count(tmp_path):
+    """What a copy by hand leaves, or a kill; and where the config file is lost, the weights have it."""
+    model, inputs = trained()
+    model.save_pretrained(tmp_path)
+    trained(APTConfig(num_prompts=3, activation="softmax"))[0].save_pretrained(tmp_path / "other")
+    (tmp_path / CONFIG).write_bytes((tmp_path / "other" / CONFIG).read_bytes())
+    with pytest.warns(UserWarning, match=f"{CONFIG}: of another save than the weights beside it"):
+        assert APTConfig.from_pretrained(tmp_path) == HEAD
+    (tmp_path / CONFIG).unlink()
+    assert APTConfig.from_pretrained(tmp_path) == HEAD
+    assert torch.equal(run(FastPromptModel.from_pretrained(build("vit")[0], tmp_path), inputs), run(model, inputs))
+
+
+def as_before(directory: Path) -> None:
+    """Files as earlier versions wrote them, and as other tools write weights anew."""
+    save_file(load_file(directory / WEIGHTS), directory / WEIGHTS, {"format": "pt"})
+    values = json.loads((directory / CONFIG).read_text())
+    del values["save_id"]
+    (directory / CONFIG).write_text(json.dumps(values))
+
+
+def test_the_adapters_of_earlier_versions_load(tmp_path):
+    model, inputs = trained()
+    model.save_pretrained(tmp_path)
+    as_before(tmp_path)
+    assert torch.equal(run(FastPromptModel.from_pretrained(build("vit")[0], tmp_path), inputs), run(model, inputs))
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=CONFIG):
+        FastPromptModel.from_pretrained(build("vit")[0], tmp_path)
+
+
+def test_leftovers_of_the_dead_are_removed_and_files_of_the_living_are_not(tmp_path):
+    leftover = tmp_path / f".{WEIGHTS}.{'0' * 32}"
+    living = tmp_path / f".{WEIGHTS}.{'1' * 32}"
+    unknown = tmp_path / f".{WEIGHTS}.mine"
+    for path in (leftover, living, unknown):
+        path.write_bytes(b"half of")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, living], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.read(1) == b"!"
+        trained()[0].save_pretrained(tmp_path)
+        assert set(files_in(tmp_path)) == {CONFIG, WEIGHTS, living.name, unknown.name}
+        holder.stdin.close()
+    trained()[0].save_pretrained(tmp_path)
+    assert set(files_in(tmp_path)) == {CONFIG, WEIGHTS, unknown.name}
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1])
+fcntl.flock(file, fcntl.LOCK_EX)
+print("!", flush=True)
+sys.stdin.read()
+"""
 
 
 def cut(path: Path) -> None:
@@ -201,7 +276,6 @@ def edit_tensors(change):
 PROMPTS = "vit.layers.0.attention.fast_prompt.prompts"
 
 BROKEN = {
-    "no config": (CONFIG, Path.unlink, FileNotFoundError, CONFIG),
     "no weights": (WEIGHTS, Path.unlink, FileNotFoundError, WEIGHTS),
     "cut config": (CONFIG, cut, ValueError, "not valid JSON"),
     "a list": (CONFIG, lambda path: path.write_text("[1]"), ValueError, "expected a JSON object"),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of skip_adapter run on the CPU by tests/simt, through the face, against the float64 reference."""
+"""The CUDA kernels of skip_adapter run on the CPU by tests/simt, through the API, against the float64 reference."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def kernels(built, request):
 
 
 def results(kernels, problem):
-    """The output and the gradients, by name; memory that the face allocates is full of NaN before."""
+    """The output and the gradients, by name; memory that the API allocates is full of NaN before."""
     with pytest.MonkeyPatch.context() as patch, use_backend("cuda"):
         patch.setitem(BACKENDS, "cuda", kernels)
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fast_prompt.backends import PromptDiffusionCall
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import APTConfig
-from fast_prompt.models.fused import vilt_self_attention
+from fast_prompt.models.architectures.vilt import self_attention
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.parity import Problem
 from fast_prompt.tuning import get_fast_prompt_model
@@ -49,7 +49,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def flops(shape: Shape, backward: bool) -> int:
-    """Of the encoder with APT: projections and MLP, attention, diffusion."""
+    """FLOPs of the encoder with APT: projections and MLP, attention, diffusion."""
     a_row = 24 * WIDTH**2 + 4 * shape["n"] * WIDTH + 4 * shape["p"] * WIDTH
     return shape["layers"] * shape["B"] * shape["n"] * a_row
 
@@ -106,7 +106,7 @@ def with_sdpa(make: Callable[[Any, Shape], Function]) -> Callable[[Any, Shape], 
     def fused(model: Any, shape: Shape) -> Function:
         for block in model.encoder.layer:
             attention = block.attention.attention
-            attention.forward = partial(vilt_self_attention, attention, type(attention).forward)
+            attention.forward = partial(self_attention, attention, type(attention).forward)
         return make(model, shape)
 
     return fused

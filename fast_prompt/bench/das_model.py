@@ -43,7 +43,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def flops(shape: Shape, backward: bool) -> int:
-    """Of the skipping model: encoders, the fusion layers that are left, adapters; attention's own products included."""
+    """FLOPs of the skipping model: encoders, fusion layers that are left, adapters; with the products of attention."""
     text, visual, skipped = shape["text"], _visual_tokens(shape), shape["k"] // 2
     encoders = VISION_LAYERS * _block(visual, visual) + TEXT_LAYERS * _block(text, text)
     kept = FUSION_LAYERS - skipped

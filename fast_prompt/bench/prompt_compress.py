@@ -46,7 +46,7 @@ def products(shape: dict[str, int]) -> list[tuple[int, int, int]]:
 
 
 def flops(shape: dict[str, int], backward: bool) -> int:
-    """Of the absorbed form; backward two more products with the tokens and four with weights, none computed again."""
+    """FLOPs of the absorbed form; backward has two more products with the tokens, four with weights."""
     m, n, d, h = (shape[key] for key in ("m", "n", "d", "h"))
     forward = absorbed_flops(m, n, d, d, h)
     return shape["B"] * (forward + 4 * m * d * (h * n + 2 * d) if backward else forward)

@@ -45,7 +45,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def flops(shape: Shape, backward: bool) -> int:
-    """Of the block for one half, and the adapter for the other."""
+    """FLOPs of the block for one half, and of the adapter for the other."""
     rows, n, d = shape["B"] // 2 * shape["n"], shape["n"], shape["d"]
     return rows * (24 * d**2 + 4 * n * d) + 4 * rows * d * shape["width"]
 

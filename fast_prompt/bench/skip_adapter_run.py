@@ -30,7 +30,7 @@ def problem(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def flops(shape: dict[str, int], backward: bool) -> int:
-    """Those of each adapter. Computing rows between two of them again in the backward is not counted."""
+    """FLOPs of all adapters. Computing rows between two of them again in the backward is not counted."""
     return shape["run"] * skip_adapter.flops(shape, backward)
 
 

@@ -47,7 +47,7 @@ class Timing:
         return (upper - lower) / self.median
 
     def divided(self, parts: int) -> "Timing":
-        """Of one of ``parts`` equal calls, where these samples are of all."""
+        """The samples of one of ``parts`` equal calls, where these samples are of all."""
         return Timing(tuple(seconds / parts for seconds in self.seconds))
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fast_prompt import cost
 from fast_prompt.cli.output import emit_json, emit_table, note
+from fast_prompt.cost import chart
 
 EXAMPLES = """\
 examples:
@@ -38,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, defaults = parser.add_argument, cost.Settings()
-    models = ", ".join(cost.FAMILIES)
+    models = ", ".join(cost.COUNTED)
     add("--model", required=True, help=f"{models}, or a directory with a transformers config.json")
     add(
         "--method",
@@ -119,11 +120,9 @@ def _print(rows: Sequence[cost.Row], sentences: Sequence[str]) -> None:
 
 
 def _draw(rows: Sequence[cost.Row], path: Path) -> int:
-    from fast_prompt.cost import chart  # noqa: PLC0415 (matplotlib, which only the picture needs)
-
     try:
         chart.draw(rows, path)
-    except (OSError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         note(f"fast-prompt cost: cannot write {path}: {error}")
         return 1
     note(f"wrote {path}")

@@ -63,5 +63,5 @@ def _print(facts: dict[str, Any]) -> None:
 def _section(title: str, lines: dict[str, Any]) -> None:
     print(title)
     for name, value in lines.items():
-        # Of a dictionary the keys are enough for a person; --json has it all.
+        # A dictionary's keys are enough for a person; --json has it all.
         print(f"  {name:<16} {' '.join(map(str, value)) if isinstance(value, (list, dict)) else value}")

@@ -4,25 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
 from fast_prompt.cost.rows import Row
+from fast_prompt.figures import BLUE, GREEN, GREY, ORANGE, SOFT, figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; what is not named here is what ours stand against.
-COLORS = {"apt": "#D55E00", "dvp": "#009E73", "das": "#0072B2"}
-BASELINE, FAINT = "#8C8C8C", "#444444"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.bottom": False,
-    "axes.spines.left": False,
-    "ytick.left": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-}
+# What is not named here is what ours stand against.
+COLORS = {"apt": ORANGE, "dvp": GREEN, "das": BLUE}
 ROOM = 0.22  # for the numbers beside the bars, share of the axes' width
 
 
@@ -39,15 +25,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """
     first = rows[0]
     title = f"{Path(first.model).name}: {first.base_macs / 1e9:,.1f} G multiply-adds a sample ({first.sizes})"
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 1.9 + 0.52 * len(rows)), dpi=150, facecolor="white", layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
+    with figure(path, 12, 1.9 + 0.52 * len(rows), layout="constrained") as drawn:
+        drawn.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
+        left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
+        for axes in (left, right):
+            axes.spines[:].set_visible(False)
+            axes.tick_params(axis="y", length=0)
         _draw_macs(left, rows)
         _draw_parameters(right, rows)
         left.set_yticks(range(len(rows)), [_label(row) for row in rows])
         left.invert_yaxis()
-        figure.savefig(path)
 
 
 def _draw_macs(axes: Any, rows: Sequence[Row]) -> None:
@@ -59,7 +46,7 @@ def _draw_macs(axes: Any, rows: Sequence[Row]) -> None:
         axes.barh(position, value, height=0.64, color=_color(row))
         side, align = (-1, "right") if value < 0 else (1, "left")
         axes.text(value + side * room / 12, position, f"{value:+.2f} %", ha=align, va="center_baseline")
-    axes.axvline(0, color=FAINT, linewidth=0.8)
+    axes.axvline(0, color=SOFT, linewidth=0.8)
     axes.set_xlim(low - room * (low < 0), high + room)
     axes.set_xticks([])
     axes.set_title("Added multiply-adds, % of the model's")
@@ -74,13 +61,12 @@ def _draw_parameters(axes: Any, rows: Sequence[Row]) -> None:
             place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center_baseline"}
             axes.annotate(f"{row.trainable_params / 1e6:.2f} M", (row.trainable_params, position), **place)
     axes.margins(x=ROOM)
-    axes.grid(axis="x", color="#EBEBEB")
-    axes.set_axisbelow(True)
+    axes.grid(axis="x")
     axes.set_title("Trained parameters")
 
 
 def _color(row: Row) -> str:
-    return COLORS.get(row.method, BASELINE)
+    return COLORS.get(row.method, GREY)
 
 
 def _label(row: Row) -> str:

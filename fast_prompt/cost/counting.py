@@ -36,7 +36,7 @@ def without_memory() -> Iterator[None]:
 
 
 def _addmm_flops(added: list[int], left: list[int], right: list[int], **_: object) -> int:
-    """Of `added += left @ right`, which torch counts out of place only."""
+    """The FLOPs of `added += left @ right`, which torch counts out of place only."""
     return 2 * left[0] * left[1] * right[1]
 
 

@@ -17,20 +17,6 @@ from fast_prompt.nn import checks
 from fast_prompt.nn.adapter import BottleneckAdapter
 from fast_prompt.tuning import get_fast_prompt_model
 
-# What gives a sublayer's output, as a path in a block.
-SUBLAYERS = (
-    "attention.output.dense",
-    "crossattention.output.dense",
-    "output.dense",
-    "self_attn.out_proj",
-    "self_attn.o_proj",
-    "mlp.fc2",
-    "mlp.down_proj",
-)
-
-# LLaMA's cross-attention of DVP, which is narrower than the model.
-LLAMA_COMPRESSOR: dict[str, Any] = {"inner_width": 512, "num_heads": 16}
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -65,8 +51,8 @@ class Settings:
                 checks.check_count(name, getattr(self, name))
 
     def adapter_widths(self, subject: Subject) -> tuple[int, int]:
-        """Of a kept block's adapters, and of the one in the place of a skipped block."""
-        kept, skipped = subject.family.adapter_widths
+        """The widths of a kept block's adapters, and of the one in the place of a skipped block."""
+        kept, skipped = subject.counted.adapter_widths
         return self.width or kept, self.skip_width or skipped
 
 
@@ -109,13 +95,16 @@ def deep_prompts(subject: Subject, settings: Settings) -> Iterator[Variant]:
 
 def dvp(subject: Subject, settings: Settings) -> Iterator[Variant]:
     """Dynamic visual prompting, after what it replaces: all visual tokens before the text."""
-    if subject.family.vision is not None:
+    if subject.counted.vision is not None:
         raise ValueError(f"method dvp: {subject.name} takes images itself; DVP is for models of text alone")
     sizes = {"visual_tokens": settings.visual_tokens, "visual_width": settings.visual_width}
     yield _concatenated(subject, settings, sizes)
-    compressor: dict[str, Any] = LLAMA_COMPRESSOR if subject.config.model_type == "llama" else {}
     config = DVPConfig(
-        layer=settings.layer, visual_width=settings.visual_width, train_base="none", dropout=0.0, **compressor
+        layer=settings.layer,
+        visual_width=settings.visual_width,
+        train_base="none",
+        dropout=0.0,
+        **subject.counted.compressor,
     )
     model = get_fast_prompt_model(subject.model(), config)
     visual = torch.zeros(subject.batch, settings.visual_tokens, settings.visual_width)
@@ -126,7 +115,7 @@ def dvp(subject: Subject, settings: Settings) -> Iterator[Variant]:
 def _concatenated(subject: Subject, settings: Settings, sizes: dict[str, Any]) -> Variant:
     """The model on visual tokens and text, the former projected where they are of another width."""
     length = settings.visual_tokens + subject.text_length
-    checks.check_count("visual_tokens + text_length", length, subject.family.positions(subject.config))
+    checks.check_count("visual_tokens + text_length", length, subject.counted.positions(subject.config))
     width = subject.config.hidden_size
     bridge = nn.Identity() if settings.visual_width == width else nn.Linear(settings.visual_width, width)
     visual = torch.zeros(subject.batch, settings.visual_tokens, settings.visual_width)
@@ -196,14 +185,14 @@ def adapters(subject: Subject, settings: Settings) -> Iterator[Variant]:
     for block in find_blocks(model):
         module = model.get_submodule(block.path)
         inside = {name for name, _ in module.named_modules()}
-        for path in (path for path in SUBLAYERS if path in inside):
+        for path in (path for path in block.kind.outputs if path in inside):
             adapter = BottleneckAdapter(block.width, width)
             module.set_submodule(path, nn.Sequential(module.get_submodule(path), adapter))
     yield Variant("adapters", {"width": width}, model, subject.inputs())
 
 
 def _attentions(subject: Subject) -> list[str] | None:
-    return None if subject.family.attentions is None else list(subject.family.attentions)
+    return list(subject.architecture.named_attentions) or None
 
 
 METHODS: dict[str, Callable[[Subject, Settings], Iterator[Variant]]] = {
@@ -219,4 +208,4 @@ METHODS: dict[str, Callable[[Subject, Settings], Iterator[Variant]]] = {
 
 def methods_for(subject: Subject) -> list[str]:
     """The names of the methods that fit the model."""
-    return [name for name in METHODS if name != "dvp" or subject.family.vision is None]
+    return [name for name in METHODS if name != "dvp" or subject.counted.vision is None]

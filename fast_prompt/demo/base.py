@@ -113,7 +113,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _fingerprint(settings: Settings, seed: int) -> str:
-    """Of all that decides the pretrained weights."""
+    """A digest of all that decides the pretrained weights."""
     model = (settings.width, settings.layers, settings.heads, settings.patch_size)
     pretraining = (settings.pretraining_steps, settings.pretraining_rate, TRAIN_PER_CLASS, BATCH_SIZE, seed)
     return hashlib.sha256(repr((model, pretraining, torch.__version__)).encode()).hexdigest()[:12]

@@ -4,32 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fast_prompt.demo.digits import Images, Splits
 from fast_prompt.demo.report import Results, Row, standard_error
 from fast_prompt.demo.settings import Settings
+from fast_prompt.figures import BLUE, FAINT, GREEN, INK, ORANGE, SOFT, figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. Rows not named here are forms of those that are.
-COLORS = {"Linear probe": "#666666", "Deep prompt tuning": "#009E73", "LoRA": "#0072B2", "APT": "#D55E00"}
-INK, SOFT, FAINT = "#222222", "#666666", "#A6A6A6"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11.5,
-    "axes.titlepad": 12,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+# Rows not named here are forms of those that are.
+COLORS = {"Linear probe": SOFT, "Deep prompt tuning": GREEN, "LoRA": BLUE, "APT": ORANGE}
 LEFT, RIGHT = 0.07, 0.97  # the text's margins, shares of the figure's width
 SAMPLES = 16
 LABEL_GAP = 0.13  # least distance of two labels, share of the axes' height
@@ -64,23 +48,21 @@ def draw(
     """
     test = splits.test
     trained = [row for row in results.rows if row.method in COLORS]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 8.4), dpi=150, facecolor="white")
-        figure.text(LEFT, 0.945, "A frozen vision transformer that knows 0 to 4 learns 5 to 9", size=18, weight="bold")
+    with figure(path, 12, 8.4) as drawn:
+        drawn.text(LEFT, 0.945, "A frozen vision transformer that knows 0 to 4 learns 5 to 9", size=18, weight="bold")
         images = f"Real handwritten digits of 8 × 8 pixels; {len(splits.train)} to train on, {len(test)} to test"
-        figure.text(LEFT, 0.908, images, size=11.5, color=SOFT)
-        panels = figure.add_gridspec(
+        drawn.text(LEFT, 0.908, images, size=11.5, color=SOFT)
+        panels = drawn.add_gridspec(
             2, 2, left=LEFT, right=RIGHT, top=0.83, bottom=0.43, width_ratios=(0.92, 1.12), wspace=0.9, hspace=0.5
         )
-        _draw_accuracy(figure.add_subplot(panels[:, 0]), trained, len(test))
+        _draw_accuracy(drawn.add_subplot(panels[:, 0]), trained, len(test))
         step, inference = (
             f"Training step of {settings.batch_size} images",
             f"Inference on {settings.inference_batch} images",
         )
-        draw_bars(figure.add_subplot(panels[0, 1]), _form_bars(trained, "step_ms"), f"{step}, ms")
-        draw_bars(figure.add_subplot(panels[1, 1]), _form_bars(results.rows, "infer_ms"), f"{inference}, ms")
-        _draw_samples(figure.add_axes((LEFT, 0.035, RIGHT - LEFT, 0.27)), test, predictions, classes)
-        figure.savefig(path)
+        draw_bars(drawn.add_subplot(panels[0, 1]), _form_bars(trained, "step_ms"), f"{step}, ms")
+        draw_bars(drawn.add_subplot(panels[1, 1]), _form_bars(results.rows, "infer_ms"), f"{inference}, ms")
+        _draw_samples(drawn.add_axes((LEFT, 0.035, RIGHT - LEFT, 0.27)), test, predictions, classes)
 
 
 def _draw_accuracy(axes: Any, rows: Sequence[Row], images: int) -> None:
@@ -98,8 +80,7 @@ def _draw_accuracy(axes: Any, rows: Sequence[Row], images: int) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title("Test accuracy, % (bars: one standard error)")
     axes.set_xlabel("trained parameters, the new classifier's included")
-    axes.grid(axis="y", color="#EBEBEB")
-    axes.set_axisbelow(True)
+    axes.grid(axis="y")
 
     bottom, top = axes.get_ylim()
     heights = spread([(percent - bottom) / (top - bottom) for percent in percents])
@@ -145,10 +126,10 @@ def draw_bars(axes: Any, bars: Sequence[Bar], title: str, number: str = "{:.1f}"
     axes.set_title(title)
 
 
-def _form_bars(rows: Sequence[Row], figure: str) -> list[Bar]:
+def _form_bars(rows: Sequence[Row], column: str) -> list[Bar]:
     """One bar a row: filled for a method as it trained, open for its merged or folded form."""
     return [
-        Bar(row.method, getattr(row, figure), COLORS[row.method.partition(" (")[0]], row.method in COLORS)
+        Bar(row.method, getattr(row, column), COLORS[row.method.partition(" (")[0]], row.method in COLORS)
         for row in rows
     ]
 

@@ -86,7 +86,7 @@ def standard_error(accuracy: float, tests: int) -> float:
 
 
 def headers(results: Results) -> tuple[str, ...]:
-    """Of the table's columns."""
+    """The headers of the table's columns."""
     inference, count = results.units
     return (
         "method",

@@ -69,7 +69,7 @@ def train_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> 
 
 
 def image_loss(model: nn.Module, images: Images, batch: Tensor) -> Tensor:
-    """Of a classifier on the images at positions [B]."""
+    """The loss of a classifier on the images at positions [B]."""
     return F.cross_entropy(model(pixel_values=images.pixels[batch]).logits, images.labels[batch])
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.models import AttentionSite, find_attention_sites
+from fast_prompt.models.architectures import ARCHITECTURES
 from fast_prompt.models.contract import check_forwards
-from fast_prompt.models.fused import FUSED
+from fast_prompt.models.pattern import check_pattern
 from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
@@ -29,7 +30,8 @@ class APTConfig(MethodConfig):
         dropout: probability in [0, 1) that an activation is dropped in training.
         learn_scale: whether the output's scale trains.
         target_modules: names of the attention modules to adapt, in place of those known for the architecture: a list
-            of module names or their endings, or one regular expression that must match the whole name.
+            of module names or their endings, or one regular expression that must match the whole name. (It is tried
+            in a process of its own, for ten seconds at most: a file's may be one that takes for ever.)
         modules_to_save: names (or their endings) of modules to train and save in full. A task head that the base model
             did not come with trained belongs here, as in PEFT: ``["classifier"]``.
 
@@ -49,7 +51,9 @@ class APTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.target_modules, str) and self.target_modules is not None:
+        if isinstance(self.target_modules, str):
+            check_pattern("target_modules", self.target_modules)
+        elif self.target_modules is not None:
             self.target_modules = check_names("target_modules", self.target_modules)
         checks.check_count("num_prompts", self.num_prompts, MAX_PROMPTS)
         checks.check_count("rank", self.rank)
@@ -96,10 +100,14 @@ class APTConfig(MethodConfig):
         folded = FoldedPromptDiffusion(adapter, query, others[:-1], others[-1])
         forwards = {projections.query: query_forward, projections.output: output_forward}
         forwards |= dict(zip(memory, (key_forward, value_forward), strict=False))
-        forwards |= dict([FUSED[type(attention).__name__]] if type(attention).__name__ in FUSED else [])
+        forwards |= dict([_FUSED[type(attention).__name__]] if type(attention).__name__ in _FUSED else [])
         replaced = {f"{site.name}.{path}": forward for path, forward in forwards.items()}
         check_forwards(model, list(replaced))
         return FoldedSite(folded, replaced)
+
+
+# By an attention's class: the child whose forward is replaced as well while it is folded, and by what.
+_FUSED = {name: fused for architecture in ARCHITECTURES for name, fused in architecture.fused.items()}
 
 
 def _plain_linear(model: nn.Module, path: str) -> nn.Linear:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fast_prompt.models.blocks import Block, BlockSite, BlockSkip, find_blocks, resolve
+from fast_prompt.models.blocks import Block, BlockSite, find_blocks, resolve
+from fast_prompt.models.skip import BlockSkip
 from fast_prompt.nn import SkipAdapter, checks
 from fast_prompt.nn.skip_adapter import check_experts, check_options
 from fast_prompt.tuning.combination import CombinedConfig
@@ -41,8 +42,8 @@ class DASConfig(MethodConfig):
         scale: what an adapter's result is multiplied by before it is added.
         learn_scale: whether each adapter's scale trains.
         init: ``"normal"``, weights from N(0, 0.02); or ``"lora"``, with which adapters start as nothing.
-        num_experts: E; above 0 a skipped block's adapter mixes that many up projections, weighted by its first token
-            (the router form of LLaMA: 2 experts in 2 groups).
+        num_experts: E; above 0 a skipped block's adapter mixes that many up projections, weighted by its first real
+            token (the router form of LLaMA: 2 experts in 2 groups). Rows that hold several sequences are refused.
         num_groups: of the experts' up projections.
         temperature: of the experts' softmax.
         modules_to_save: names (or their endings) of modules to train and save in full, such as ``["classifier"]``.
@@ -73,10 +74,10 @@ class DASConfig(MethodConfig):
         for name in ("skipped", "candidates"):
             if getattr(self, name) is not None:
                 setattr(self, name, _check_blocks(name, getattr(self, name)))
-        if self.skipped is not None:
-            self.num_skipped = len(self.skipped)
         for name in ("num_skipped", "width", "skip_width"):
             checks.check_count(name, getattr(self, name))
+        if self.skipped is not None:
+            self.num_skipped = len(self.skipped)
         norm = NORM if self.norm is None else self.norm
         check_options(norm, self.activation, self.dropout, self.scale, self.learn_scale, self.init, self.temperature)
         check_experts(self.num_experts, self.num_groups)
@@ -150,11 +151,11 @@ class DASConfig(MethodConfig):
         return chosen
 
     def _check_forms(self, blocks: Sequence[Block]) -> None:
-        settled = next((block.family for block in blocks if block.family.skip.norm is not None), None)
+        settled = next((block for block in blocks if block.kind.skip.norm is not None), None)
         if settled is not None and self.norm is not None:
             raise ValueError(
-                f"norm: expected None for {settled.name}, whose adapters have its own ({settled.skip.norm}), "
-                f"got {self.norm!r}"
+                f"norm: expected None for {settled.architecture.name}, whose adapters have its own "
+                f"({settled.kind.skip.norm}), got {self.norm!r}"
             )
 
 
@@ -221,7 +222,7 @@ def _weight_near(model: nn.Module, block: Block) -> nn.Parameter:
 
 
 def _eps(model: nn.Module) -> float:
-    """That of the model's RMSNorms, or LayerNorm's usual one."""
+    """The eps of the model's RMSNorms, or LayerNorm's usual one."""
     found = (getattr(module, "variance_epsilon", None) for module in model.modules())
     return next((eps for eps in found if eps is not None), 1e-5)
 
@@ -229,7 +230,7 @@ def _eps(model: nn.Module) -> float:
 @torch.no_grad()
 def _copy_norm(model: nn.Module, block: Block, adapter: BlockSkip) -> None:
     """Let the adapter's norm start as the block's, where that has weights."""
-    weight = getattr(model.get_submodule(f"{block.path}.{block.family.norm}"), "weight", None)
+    weight = getattr(model.get_submodule(f"{block.path}.{block.kind.norm}"), "weight", None)
     own = adapter.tensors().norm_weight
     if weight is not None and not weight.is_meta and own is not None:
         own.copy_(weight)

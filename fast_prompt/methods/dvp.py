@@ -1,6 +1,5 @@
 """DVP, dynamic visual prompting (arXiv 2306.00409): an image becomes a few prompts inside a language model."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,17 +51,20 @@ class DVPConfig(MethodConfig):
 
     They enter BERT's and RoBERTa's encoder, T5's decoder, and LLaMA; then block K and the later ones run on the prompts
     and the text. The model's forward takes ``visual_embeds`` [B, Nv, visual_width] and ``visual_attention_mask``
-    [B, Nv] (1 = real token) besides its own arguments: see ``fast_prompt.models.visual.forward.visual_forward``.
+    [B, Nv] (1 = real token) besides its own arguments, and ``visual_query_mask``, which says what part of the text is
+    the question: see ``fast_prompt.models.visual.forward.visual_forward``. In ``generate`` that is the text given to
+    it, however it is run through; a key-value cache that is gone on from keeps the prompts it was filled with.
 
     Attributes:
         layer: K, the block before which the prompts enter, from 0.
         visual_width: d_v, the width of the visual tokens; the model's width when None.
         num_prompts: m. Each of more than one asks with the pooled query plus an offset of its own, from N(0, 0.02).
-        query: what asks for the prompts: the ``"first"`` or ``"last"`` real token, or the ``"mean"`` of them, at block
-            K's input, for T5 at its encoder's output; ``"auto"`` is the first for BERT, the mean for T5, the last for
-            LLaMA.
-        answer_token_id: ask with the text at this token's first place instead, in samples that have it. LLaMA needs it
-            where the answers to be learnt follow it in the text, lest the prompts tell them.
+        query: what asks for the prompts: the question's ``"first"`` or ``"last"`` real token, or their ``"mean"``, at
+            block K's input, for T5 at its encoder's output; ``"auto"`` is the first for BERT, the mean for T5, the
+            last for LLaMA.
+        answer_token_id: ask with the text at this token's first place instead, in samples that have it. Where the
+            answers to be learnt follow in the text, LLaMA needs it in every sample, or ``visual_query_mask``, lest the
+            prompts tell them.
         num_heads: h of the cross-attention; the model's when None.
         inner_width: the width of its heads together; the model's when None.
         dropout: probability in [0, 1) that one of its weights is dropped in training.
@@ -110,8 +112,7 @@ class DVPConfig(MethodConfig):
         checks.check_probability("dropout", self.dropout)
         if self.type_embedding is not None:
             checks.check_bool("type_embedding", self.type_embedding)
-        if not isinstance(self.type_embedding_std, (int, float)) or not 0 <= self.type_embedding_std < math.inf:
-            raise ValueError(f"type_embedding_std: expected a number from 0, got {self.type_embedding_std!r}")
+        checks.check_not_negative("type_embedding_std", self.type_embedding_std)
 
     def find_sites(self, model: nn.Module) -> list[Site]:
         """The model itself, for prompts and head, and every sublayer that gets an adapter.

@@ -1,4 +1,4 @@
-"""Attention modules: where they are in a model, and how a diffusion step is put behind their output projection.
+"""Attention modules: where they are in a model, and whose forward is replaced to add to their output projection.
 
 X is what the queries are projected from, H the output projection before dropout and residual. Attention modules come
 in two forms. Most take X as their first argument and return H, alone or first in a tuple: what they return is
@@ -6,21 +6,19 @@ replaced. BERT's family gives ``output(O, X)`` the heads' output and X, and proj
 that module's forward is replaced, since H never leaves it.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from fast_prompt.models.architectures import ARCHITECTURES
+from fast_prompt.models.architectures.forwards import attention_forward, normed_output_forward, output_forward
 from fast_prompt.models.contract import check_forwards, refuse
+from fast_prompt.models.pattern import matching
 from fast_prompt.models.proof import Trial, Verdict, prove
-from fast_prompt.tuning.adapters import at_site
 from fast_prompt.tuning.classes import base_class
 from fast_prompt.tuning.site import CHILD, Site
-
-# The child of BERT's ``output`` module that keeps adapters of its residual.
-RESIDUAL_CHILD = f"{CHILD}_residual"
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,8 @@ class AttentionSite(Site):
     is_cross: bool
 
 
-# Classes of transformers that are adapted without being named: their query projection reads X and their output
-# projection gives H, as the tests show and a trial call confirms.
-PROVEN = ("BertAttention", "CLIPAttention", "RobertaAttention", "ViTAttention", "ViltAttention")
-
-# Layers in which the streams of two encoders meet: where a model has them, its encoders are left as they are.
-FUSION_LAYERS = ("MeterFusionLayer",)
+# Classes of transformers that are adapted without being named.
+PROVEN = tuple(sorted(name for architecture in ARCHITECTURES for name in architecture.attentions))
 
 LAYOUTS = (
     Projections("q_proj", ("k_proj", "v_proj"), "o_proj"),
@@ -77,30 +71,6 @@ LAYOUTS = (
 # The output projection's name where the others are not modules, as in nn.MultiheadAttention.
 OUTPUTS = ("out_proj", "o_proj", "proj", "dense")
 
-SOURCES = ("hidden_states", "query", "x")
-
-
-def attention_forward(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward of an attention module that returns H, alone or first in a tuple."""
-    source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
-    output = forward(self, *args, **kwargs)
-    adapters = getattr(self, CHILD)
-    if isinstance(output, tuple):
-        return (adapters(output[0], source.to(output[0].device)), *output[1:])
-    return adapters(output, source.to(output.device))
-
-
-def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
-    return self.dropout(at_site(self, CHILD, self.dense(hidden_states), input_tensor))
-
-
-def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, (adapted) residual, LayerNorm."""
-    hidden_states = at_site(self, CHILD, self.dense(hidden_states), input_tensor)
-    return self.LayerNorm(self.dropout(hidden_states) + at_site(self, RESIDUAL_CHILD, input_tensor))
-
-
 # An ``output`` module is known by its children's names.
 OUTPUT_FORWARDS: dict[frozenset[str], Callable[..., Tensor]] = {
     frozenset({"dense", "dropout"}): output_forward,
@@ -112,13 +82,14 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
     """The attention modules of ``model`` to adapt, in the model's order.
 
     Args:
-        model: any module; without ``target_modules``, one built of the attentions in ``PROVEN``; of a model with fusion
-            layers only theirs are taken.
+        model: any module; without ``target_modules``, one built of the attentions in ``PROVEN``; of a model whose
+            blocks join two encoders, only theirs are taken.
         target_modules: names of attention modules or their endings, or one regular expression for whole names.
 
     Raises:
         ValueError: the architecture is not known, a name fits nothing, or a module named is no attention (the message
-            lists the attention-like modules found); or a class that is known by name is not what it was.
+            lists the attention-like modules found); a class that is known by name is not what it was; or the regular
+            expression is not done in time.
     """
     if target_modules is None:
         names = _known(model)
@@ -134,17 +105,21 @@ def find_attention_sites(model: nn.Module, target_modules: list[str] | str | Non
 
 
 def _known(model: nn.Module) -> list[str]:
-    """The attentions whose class is proven; of a model with fusion layers, those in them."""
+    """The attentions whose class is known; of a model whose blocks join two encoders, those in such blocks."""
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     attentions = [name for name, kind in kinds.items() if kind in PROVEN]
-    fused = [name for name in attentions if kinds[name.rpartition(".")[0]] in FUSION_LAYERS]
-    return fused or attentions
+    joining = [name for name in attentions if kinds[name.rpartition(".")[0]] in _JOINING_BLOCKS]
+    return joining or attentions
+
+
+# Blocks in which the streams of two encoders meet: where a model has them, its encoders are left as they are.
+_JOINING_BLOCKS = {name for each in ARCHITECTURES if each.joins_towers and each.blocks for name in each.blocks.classes}
 
 
 def _match(model: nn.Module, target_modules: list[str] | str) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(target_modules, str):
-        matched = [name for name in names if re.fullmatch(target_modules, name)]
+        matched = matching("target_modules", target_modules, names)
         unmatched = [] if matched else [target_modules]
     else:
         endings = [(target, f".{target}") for target in target_modules]

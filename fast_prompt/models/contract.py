@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fast_prompt.models.architectures import ARCHITECTURES
 from fast_prompt.models.cache import CACHE_NAMES
 from fast_prompt.tuning.classes import base_class, is_replaceable
 
@@ -25,46 +26,8 @@ OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = "5.17.0", "5.24.0"
 SETTING = "FAST_PROMPT_UNKNOWN_FORWARDS"
 SETTINGS = ("refuse", "warn")
 
-_HIDDEN, _RESIDUAL = ("hidden_states",), ("hidden_states", "input_tensor")
-_MASKED = (*_HIDDEN, "attention_mask", "kwargs")
-_VILT = (*_HIDDEN, "attention_mask", "output_attentions")
-_MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
-_BERT = (*_HIDDEN, "attention_mask", *_MEMORY, "cache", "kwargs")
-_BERT_STACK = (*_BERT[:-1], "use_cache", "kwargs")
-
 # By class: its forward's parameters after ``self``, the key-value cache under the first of its names.
-FORWARDS: dict[str, tuple[str, ...]] = {
-    "BertAttention": _BERT,
-    "BertEncoder": _BERT_STACK,
-    "BertLayer": _BERT,
-    "BertOutput": _RESIDUAL,
-    "BertSelfOutput": _RESIDUAL,
-    "CLIPAttention": _MASKED,
-    "CLIPEncoderLayer": _MASKED,
-    "LlamaDecoderLayer": (
-        *(*_HIDDEN, "attention_mask", "position_ids", "cache", "use_cache"),
-        *("position_embeddings", "kwargs"),
-    ),
-    "LlamaModel": ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache", "kwargs"),
-    "LlamaRMSNorm": _HIDDEN,
-    "MeterFusionLayer": (*_HIDDEN, "encoder_hidden_states", "attention_mask", "encoder_attention_mask"),
-    "RobertaAttention": _BERT,
-    "RobertaEncoder": _BERT_STACK,
-    "RobertaLayer": _BERT,
-    "RobertaOutput": _RESIDUAL,
-    "RobertaSelfOutput": _RESIDUAL,
-    "T5Block": (
-        *(*_HIDDEN, "attention_mask", "position_bias", *_MEMORY),
-        *("encoder_decoder_position_bias", "cache", "kwargs"),
-    ),
-    "T5Stack": ("input_ids", "attention_mask", *_MEMORY, "inputs_embeds", "cache", "use_cache", "kwargs"),
-    "ViTAttention": _MASKED,
-    "ViTLayer": _MASKED,
-    "ViltAttention": _VILT,
-    "ViltLayer": _VILT,
-    "ViltSelfAttention": _VILT,
-    "ViltSelfOutput": _RESIDUAL,
-}
+FORWARDS = {name: parameters for each in ARCHITECTURES for name, parameters in each.forwards.items()}
 
 
 def check_forwards(model: nn.Module, paths: Sequence[str], *, replaced: bool = True) -> None:

@@ -1,30 +1,7 @@
-"""Attentions that ``transformers`` computes step by step, fused: what takes their place while a model is folded."""
-
-from collections.abc import Callable
-from typing import Any
+"""Attention in inference, for CPUs: what a folded model runs where ``transformers`` computes it step by step."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def vilt_self_attention(
-    self: Any,
-    forward: Callable[..., Any],
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    output_attentions: bool = False,
-) -> Any:
-    """The forward of ``ViltSelfAttention`` in inference; its own where the probabilities are asked for."""
-    if output_attentions:
-        return forward(self, hidden_states, attention_mask, output_attentions)
-    heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-    query, key, value = (
-        project(hidden_states).view(heads).transpose(1, 2) for project in (self.query, self.key, self.value)
-    )
-    by_sample = query.is_cpu and query.dtype == torch.float32 and not torch.compiler.is_compiling()
-    attend = attend_by_sample if by_sample else F.scaled_dot_product_attention
-    return (attend(query, key, value, attention_mask).transpose(1, 2).flatten(2),)
 
 
 def attend_by_sample(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
@@ -52,7 +29,3 @@ def attend_by_sample(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tenso
         torch.softmax(scores, -1, out=scores)
         output[sample] = torch.bmm(scores, value[sample])
     return output
-
-
-# By the attention's class: the child whose forward is replaced while the model is folded, and the replacement.
-FUSED: dict[str, tuple[str, Callable[..., Any]]] = {"ViltAttention": ("attention", vilt_self_attention)}

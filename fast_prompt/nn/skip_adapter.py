@@ -143,14 +143,18 @@ class SkipAdapter(nn.Module):
         """Its linear layers."""
         return [linear for linear in (self.down_proj, self.up_proj, self.expert_gate) if linear is not None]
 
-    def gates(self, x: Tensor) -> Tensor | None:
-        """The experts' weights [B, E] for ``x`` [B, n, d], from each sample's first token; None without experts."""
+    def gates(self, x: Tensor, first: Tensor | None = None) -> Tensor | None:
+        """The experts' weights [B, E] for ``x`` [B, n, d], from each sample's first token; None without experts.
+
+        Where padding comes before that, ``first`` [B] says where it is.
+        """
         if self.expert_gate is None:
             return None
-        first = x[:, 0].to(self.expert_gate.weight.dtype)
+        rows = x[:, 0] if first is None else x[torch.arange(x.shape[0], device=x.device), first]
+        rows = rows.to(self.expert_gate.weight.dtype)
         if self.norm is not None and self.norm_form != "layer_after":
-            first = self.norm(first)
-        return torch.softmax(self.expert_gate(first) / self.temperature, -1)
+            rows = self.norm(rows)
+        return torch.softmax(self.expert_gate(rows) / self.temperature, -1)
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Adapt rows.

@@ -1,4 +1,4 @@
-"""Checks that every op's face shares: each error names the argument, what came and what was expected."""
+"""Checks that all ops share: each error names the argument, what came and what was expected."""
 
 import functools
 from collections.abc import Callable, Collection

@@ -1,4 +1,4 @@
-"""The face of ``prompt_compress``: checks the call, chooses a form and a backend, runs it under autograd."""
+"""The API of ``prompt_compress``: checks the call, chooses a form and a backend, runs it under autograd."""
 
 from typing import Any
 

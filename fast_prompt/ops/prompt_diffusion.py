@@ -1,4 +1,4 @@
-"""The face of ``prompt_diffusion``: checks the call, chooses a backend, runs it under autograd."""
+"""The API of ``prompt_diffusion``: checks the call, chooses a backend, runs it under autograd."""
 
 from typing import Any
 

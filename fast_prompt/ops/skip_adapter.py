@@ -1,4 +1,4 @@
-"""The face of ``skip_adapter``: checks the call, chooses a backend, runs it under autograd."""
+"""The API of ``skip_adapter``: checks the call, chooses a backend, runs it under autograd."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -66,7 +66,7 @@ def run(
 ) -> Report:
     """Compares the chosen backends with the float64 reference; None stands for all.
 
-    Each backend gets the same, already rounded, numbers as the reference, runs through the public face, and runs
+    Each backend gets the same, already rounded, numbers as the reference, runs through the public API, and runs
     with ``torch.empty`` filled with NaN. On a GPU machine a backend is run there if it can be.
 
     Args:

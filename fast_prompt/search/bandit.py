@@ -58,7 +58,7 @@ class Bandit:
 
     @property
     def probabilities(self) -> Tensor:
-        """Of each arm: float64 [n]."""
+        """The probability of each arm: float64 [n]."""
         return self._log_weights().exp()
 
     def best(self, count: int = 1) -> list[int]:

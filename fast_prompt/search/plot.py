@@ -1,13 +1,14 @@
 """The picture of a search: each arm's preference over time."""
 
-import importlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
-INK, FAINT, BEST = "#222222", "#A6A6A6", "#D55E00"
+from fast_prompt.figures import FAINT, INK, ORANGE, figure
+
+BEST = ORANGE
 GAP = 0.045  # least distance of two labels, share of the axes' height
 
 
@@ -22,13 +23,10 @@ def plot_preferences(history: Tensor, path: Path | str, arm: str = "layer") -> N
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    mpl = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
     last = history[-1]
     best = int(last.argmax())
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "text.color": INK}):
-        figure = figures.Figure(figsize=(9, 5.2), dpi=150, facecolor="white", layout="constrained")
-        axes = figure.add_subplot()
+    with figure(path, 9, 5.2, layout="constrained") as drawn:
+        axes = drawn.add_subplot()
         for index, line in enumerate(history.T.tolist()):
             color, width = (BEST, 2.4) if index == best else (FAINT, 1.3)
             axes.plot(range(1, len(line) + 1), line, color=color, linewidth=width, zorder=3 if index == best else 2)
@@ -38,12 +36,10 @@ def plot_preferences(history: Tensor, path: Path | str, arm: str = "layer") -> N
             style = {"color": BEST, "weight": "bold"} if index == best else {"color": INK}
             end = (len(history), height)
             axes.annotate(f"{arm} {index}", end, xytext=(6, 0), textcoords="offset points", va="center", **style)
-        axes.set_title(f"Which {arm} is worth most: preferences learned from rewards", loc="left", weight="bold")
+        axes.set_title(f"Which {arm} is worth most: preferences learned from rewards", weight="bold")
         axes.set_xlabel("step")
         axes.set_ylabel("preference")
-        axes.grid(axis="y", color="#EBEBEB")
-        axes.set_axisbelow(True)
-        figure.savefig(path)
+        axes.grid(axis="y")
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -70,13 +66,9 @@ def plot_gates(history: Tensor, path: Path | str, blocks: Sequence[str], skipped
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    mpl = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
     probabilities = history.sigmoid().T.numpy()
-    with mpl.rc_context({"font.size": 10, "text.color": INK}):
-        height = 1.6 + 0.32 * len(blocks)
-        figure = figures.Figure(figsize=(9, height), dpi=150, facecolor="white", layout="constrained")
-        axes = figure.add_subplot()
+    with figure(path, 9, 1.6 + 0.32 * len(blocks), layout="constrained") as drawn:
+        axes = drawn.add_subplot()
         reach = max(0.05, abs(probabilities - 0.5).max())
         extent = (0.5, len(history) + 0.5, len(blocks) - 0.5, -0.5)
         image = axes.imshow(
@@ -91,7 +83,6 @@ def plot_gates(history: Tensor, path: Path | str, blocks: Sequence[str], skipped
         axes.set_yticks(range(len(blocks)), blocks)
         for label, block in zip(axes.get_yticklabels(), blocks, strict=True):
             label.set(color=BEST, weight="bold") if block in skipped else label.set(color=INK)
-        axes.set_title("Which blocks to skip: their probabilities, learned from rewards", loc="left", weight="bold")
+        axes.set_title("Which blocks to skip: their probabilities, learned from rewards", weight="bold")
         axes.set_xlabel("step")
-        figure.colorbar(image, ax=axes, label="probability")
-        figure.savefig(path)
+        drawn.colorbar(image, ax=axes, label="probability")

@@ -85,7 +85,7 @@ class TrainingSettings:
 
     @property
     def rising_steps(self) -> int:
-        """Of the warm-up."""
+        """Steps of the warm-up."""
         return max(1, int(self.warmup * self.steps))
 
     def decay(self, step: int) -> float:

@@ -195,7 +195,7 @@ class Training:
         )
 
     def _positions(self, step: int) -> Tensor:
-        """Of a step's batch: each epoch goes through the training part once, in an order of its own."""
+        """The positions of a step's batch: each epoch goes through the training part once, in an order of its own."""
         epoch, index = divmod(step, len(self._training) // self.settings.batch_size)
         order = torch.randperm(len(self._training), generator=self.generator("epoch", epoch))
         return self._training[order[index * self.settings.batch_size :][: self.settings.batch_size]]

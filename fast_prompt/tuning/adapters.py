@@ -41,7 +41,7 @@ class SiteAdapters(nn.ModuleDict):
 
 
 def at_site(module: nn.Module, child: str, hidden: Tensor, *context: Tensor) -> Tensor:
-    """``hidden`` through the active one of the adapters that ``module`` keeps as ``child``; as it is where none are."""
+    """``hidden`` through the active one of the adapters that ``module`` keeps as ``child``; unchanged without one."""
     adapters = getattr(module, child, None)
     return hidden if adapters is None else adapters(hidden, *context)
 

@@ -23,6 +23,9 @@ BASE_CLASS = "_fast_prompt_base_class"
 BASES = "_fast_prompt_bases"
 REPLACEMENTS = "_fast_prompt_replacements"
 
+# Attribute of a replacement: what stands before other methods together with it, by their names.
+METHODS = "_fast_prompt_methods"
+
 # Accelerate's hooks put their own ``forward`` on an instance and keep the class's, bound, under this name.
 _HOOKED_FORWARD = "_old_forward"
 
@@ -44,7 +47,21 @@ def look_alike(bases: tuple[type, ...], replacements: tuple[Replacement, ...] = 
     }
     if replacements:
         members["forward"] = functools.reduce(_stand_before, replacements, base.forward)  # type: ignore[attr-defined]
+    for replacement in replacements:
+        for name, method in getattr(replacement, METHODS, {}).items():
+            if hasattr(base, name):
+                members[name] = _stand_before(getattr(base, name), method)
     return type(base.__name__, bases, members)
+
+
+def with_methods(**methods: Replacement) -> Callable[[Replacement], Replacement]:
+    """Let ``methods`` stand before those of their names wherever a replacement does, in classes that have them."""
+
+    def mark(replacement: Replacement) -> Replacement:
+        setattr(replacement, METHODS, methods)
+        return replacement
+
+    return mark
 
 
 def _stand_before(forward: Callable[..., Any], replacement: Replacement) -> Callable[..., Any]:

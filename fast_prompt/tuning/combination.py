@@ -29,15 +29,15 @@ class CombinedConfig(MethodConfig):
     configs: list[MethodConfig]
 
     def __post_init__(self) -> None:
-        self.configs = [
-            MethodConfig.from_dict(each, origin="configs") if isinstance(each, dict) else each for each in self.configs
-        ]
-        methods = [check_config(config).method for config in self.configs]
+        super().__post_init__()
+        if not isinstance(self.configs, (list, tuple)):
+            raise ValueError(f"configs: expected a list of methods' configs, got {self.configs!r}")
+        self.configs = [_config_of(each) for each in self.configs]
+        methods = [config.method for config in self.configs]
         if len(methods) < 2 or len(set(methods)) < len(methods) or self.method in methods:
             raise ValueError(f"configs: expected two or more different methods, got {', '.join(methods) or 'none'}")
         named = [name for config in self.configs for name in config.modules_to_save or []]
         self.modules_to_save = list(dict.fromkeys([*(self.modules_to_save or []), *named])) or None
-        super().__post_init__()
 
     def find_sites(self, model: nn.Module) -> list[Site]:
         """The sites of every method, in the configs' order, but for those within what a method keeps from running."""
@@ -70,6 +70,16 @@ class CombinedConfig(MethodConfig):
     def to_dict(self) -> dict[str, Any]:
         """As ``MethodConfig.to_dict``, with the configs as dictionaries too."""
         return super().to_dict() | {"configs": [config.to_dict() for config in self.configs]}
+
+
+def _config_of(part: object) -> MethodConfig:
+    """One of a combination's configs, which is none itself; ValueError names the field otherwise."""
+    is_combination = isinstance(part, dict) and part.get("method") == CombinedConfig.method
+    if isinstance(part, dict) and not is_combination:
+        return MethodConfig.from_dict(part, origin="configs")
+    if not isinstance(part, MethodConfig):
+        raise ValueError(f"configs: expected a config of one method, got {part!r}")
+    return part
 
 
 def check_config(config: object) -> MethodConfig:

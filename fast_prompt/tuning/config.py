@@ -2,22 +2,19 @@
 
 import copy
 import dataclasses
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from fast_prompt.tuning.files import read_json, write_atomically
 from fast_prompt.tuning.site import FoldedSite, Site
+from fast_prompt.tuning.storage import SAVE_ID, read_settings, save_config
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-# Beside the method's own settings, the file says which base the adapter was made for.
-BASE_KEYS = ("base_model_class", "base_model_type", "base_model_name_or_path")
+# Beside the method's own settings, the file says which base the adapter was made for, and in which save.
+DESCRIBED = ("base_model_class", "base_model_type", "base_model_name_or_path", SAVE_ID)
 
 CONFIG_CLASSES: dict[str, type["MethodConfig"]] = {}
 
@@ -73,7 +70,7 @@ class MethodConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into ``save_directory`` (made if missing), replacing an old one at once."""
-        write_atomically({Path(save_directory) / CONFIG_NAME: config_bytes(self.to_dict())})
+        save_config(Path(save_directory), self.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -85,34 +82,47 @@ class MethodConfig:
             FileNotFoundError: the directory holds no ``adapter_config.json``.
             ValueError: the file is not JSON, belongs to another method or library, or holds a bad setting.
         """
-        path = Path(directory) / CONFIG_NAME
-        return cls.from_dict(read_json(path), origin=str(path))
+        return cls.from_dict(*read_settings(Path(directory)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "the config") -> Self:
         """The config whose ``to_dict`` gave ``values``; ``origin`` names their source in warnings and errors."""
-        config_class = CONFIG_CLASSES.get(str(values.get("method")))
+        method = values.get("method")
+        config_class = CONFIG_CLASSES.get(method) if isinstance(method, str) else None
         if config_class is None or not issubclass(config_class, cls):
             known = ", ".join(name for name, each in CONFIG_CLASSES.items() if issubclass(each, cls))
-            found = values.get("method") or values.get("peft_type")
+            found = method or values.get("peft_type")
             raise ValueError(f"{origin}: expected a fast_prompt adapter with method {known}, got method {found!r}")
-        fields = {field.name for field in dataclasses.fields(config_class)}
-        unknown = sorted(values.keys() - fields - {"method", *BASE_KEYS})
+        _check_described(values, origin)
+        fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(config_class)}
+        missing = [name for name, is_required in fields.items() if is_required and name not in values]
+        if missing:
+            raise ValueError(f"{origin}: {missing[0]}: expected a value, as {method} has none by default")
+        unknown = sorted(values.keys() - fields.keys() - {"method", *DESCRIBED})
         if unknown:
             warnings.warn(f"{origin}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=3)
-        try:
+        with naming(origin):
             return config_class(**{key: value for key, value in values.items() if key in fields})
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
 
 
-def config_bytes(values: dict[str, Any]) -> bytes:
-    """A config's dictionary as the bytes of its file."""
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+@contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """A context whose ValueErrors say where the settings came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def _check_described(values: dict[str, Any], origin: str) -> None:
+    """What a config file says beside the settings is text, if it says it."""
+    for key in DESCRIBED:
+        if not isinstance(values.get(key), (str, type(None))):
+            raise ValueError(f"{origin}: {key}: expected text, got {values[key]!r}")
 
 
 def check_names(field: str, value: object) -> list[str]:
-    """The list of module names that ``value`` is; ValueError names the ``field`` otherwise."""
+    """The list of module names that ``value`` is, each once; ValueError names the ``field`` otherwise."""
     if not isinstance(value, (list, tuple, set)) or not value or not all(isinstance(v, str) and v for v in value):
         raise ValueError(f"{field}: expected a list of module names, got {value!r}")
-    return sorted(value) if isinstance(value, set) else list(value)
+    return sorted(value) if isinstance(value, set) else list(dict.fromkeys(value))

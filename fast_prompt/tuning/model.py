@@ -7,9 +7,7 @@ recorders by the class's name) sees what it saw before. ``revert()`` gives the c
 
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -20,22 +18,24 @@ from fast_prompt.tuning.adapters import FOLDED_CHILD, SavedModules, SiteAdapters
 from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
 from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
-from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
-from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.loading import open_loader
 from fast_prompt.tuning.parameters import SavedParameters
 from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
     AdapterState,
     Draft,
     Parts,
-    base_in,
+    check_finite,
     check_fit,
+    check_kinds,
     copy_into,
     describe_base,
     listing,
     tensors_in,
     tensors_of,
 )
+from fast_prompt.tuning.storage import save_adapter
 
 # The model's children that keep modules_to_save, and parameters that train, out of use.
 SAVED = "fast_prompt_modules"
@@ -77,11 +77,16 @@ def get_fast_prompt_model(
     return _adapt(model, _draft(model, as_config(config), adapter_name), adapter_name)
 
 
-def _draft(model: nn.Module, config: MethodConfig, adapter_name: str) -> Draft:
+def _draft(
+    model: nn.Module,
+    config: MethodConfig,
+    adapter_name: str,
+    build: Callable[[nn.Module, MethodConfig], Draft] = Draft.build,
+) -> Draft:
     if isinstance(model, FastPromptModel):
         raise ValueError(f"model: it has adapters already ({', '.join(model.adapter_configs)}); use add_adapter")
     check_adapter_name(adapter_name)
-    return Draft.build(model, config)
+    return build(model, config)
 
 
 def _adapt(model: nn.Module, draft: Draft, adapter_name: str) -> Any:
@@ -306,12 +311,16 @@ class FastPromptModel(nn.Module):
         selected_adapters: list[str] | None = None,
         **others: Any,
     ) -> None:
-        """Save adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, replaced whole or not at all.
+        """Save adapters, each as ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        An adapter that was there is replaced in one step: whatever kills a save, and whoever else saves or loads at the
+        same time, finds the old one or the new one. (The weights file holds the config too; a config file that is not
+        of the same save is not used.)
 
         The adapter in use goes into ``save_directory`` itself, any other into a subdirectory of its name. An adapter's
         file holds its whole trainable state, modules_to_save included, and nothing of the base. In a directory named
-        as ``Trainer`` names its checkpoints, the file is also linked as ``model.safetensors``, the only name from
-        which ``Trainer`` resumes.
+        as ``Trainer`` names its checkpoints, ``model.safetensors`` is a link to the file (a copy where there are no
+        links), the only name from which ``Trainer`` resumes.
 
         Args:
             save_directory: made if missing.
@@ -332,15 +341,14 @@ class FastPromptModel(nn.Module):
         if not is_main_process or not names:
             return
         root, directory = (self.active_adapter if self.active_adapter in names else names[0]), Path(save_directory)
+        second_name = TRAINER_WEIGHTS_NAME if TRAINER_CHECKPOINT.fullmatch(directory.name) else None
         for name in names:
             target = directory if name == root else directory / name
             values = self._fast_prompt.configs[name].to_dict() | describe_base(
                 base_class(self), getattr(self, "config", None)
             )
             tensors = tensors_of(self._parts(name)) if state_dict is None else self._gathered(name, state_dict)
-            write_atomically({target / WEIGHTS_NAME: tensor_bytes(tensors), target / CONFIG_NAME: config_bytes(values)})
-        if TRAINER_CHECKPOINT.fullmatch(directory.name):
-            _link(directory / WEIGHTS_NAME, directory / TRAINER_WEIGHTS_NAME)
+            save_adapter(target, values, tensors, second_name if name == root else None)
 
     @staticmethod
     def from_pretrained(
@@ -348,6 +356,7 @@ class FastPromptModel(nn.Module):
         directory: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        allow_nonfinite: bool = False,
     ) -> Any:
         """Put an adapter saved by ``save_pretrained`` into a fresh base model, in place, and use it.
 
@@ -356,17 +365,18 @@ class FastPromptModel(nn.Module):
             directory: what was given to ``save_pretrained``.
             adapter_name: letters, digits, ``_`` and ``-``.
             is_trainable: whether it shall train on; frozen by default, as in PEFT.
+            allow_nonfinite: whether to take an adapter that holds NaN or infinity.
 
         Returns:
             ``model`` itself, with the methods of ``FastPromptModel``.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is broken or foreign, or does not fit the model. The model is then unchanged.
+            ValueError: a file is broken or foreign, does not fit the model, or holds values of another kind of dtype,
+                NaN or infinity. The model is then unchanged.
         """
-        config, made_for = _read_config(Path(directory))
-        draft = _draft(model, config, adapter_name)
-        _load_into(draft.parts(), Path(directory), made_for)
+        with open_loader(Path(directory), allow_nonfinite) as loader:
+            draft = _draft(model, loader.config, adapter_name, loader.build)
         adapted = _adapt(model, draft, adapter_name)
         if not is_trainable:
             adapted.requires_grad_(False)
@@ -383,7 +393,11 @@ class FastPromptModel(nn.Module):
         return tensors_of(self._parts(name))
 
     def load_adapter(
-        self, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool | None = None
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Load a saved adapter as ``adapter_name``: a new one, or new values for one that has the same settings.
 
@@ -393,11 +407,12 @@ class FastPromptModel(nn.Module):
                 in place, so that an optimizer goes on with them.
             is_trainable: of the adapter in use: whether it trains from now on; as it was when None. Of another,
                 ``set_adapter`` decides, and True is refused.
+            allow_nonfinite: whether to take an adapter that holds NaN or infinity.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is broken or foreign, or does not fit the model; or ``is_trainable`` is True for an
-                adapter that is not in use. The model is then unchanged.
+            ValueError: as ``from_pretrained``; or ``is_trainable`` is True for an adapter that is not in use. The model
+                is then unchanged.
             RuntimeError: the model is folded.
         """
         self._refuse_while_folded("load an adapter")
@@ -406,14 +421,12 @@ class FastPromptModel(nn.Module):
             raise ValueError(
                 f"is_trainable: {adapter_name!r} would not be in use; load it, then set_adapter({adapter_name!r})"
             )
-        config, made_for = _read_config(Path(directory))
-        if adapter_name in self._fast_prompt.configs:
-            _check_same(self._fast_prompt.configs[adapter_name], config, adapter_name, Path(directory))
-            _load_into(self._parts(adapter_name), Path(directory), made_for)
-        else:
-            draft = self._new_draft(adapter_name, config)
-            _load_into(draft.parts(), Path(directory), made_for)
-            self._attach(adapter_name, draft)
+        with open_loader(Path(directory), allow_nonfinite) as loader:
+            if adapter_name in self._fast_prompt.configs:
+                _check_same(self._fast_prompt.configs[adapter_name], loader.config, adapter_name, Path(directory))
+                loader.fill(self._parts(adapter_name))
+            else:
+                self._attach(adapter_name, self._new_draft(adapter_name, loader.config, loader.build))
         if is_active and is_trainable is not None:
             for part in self._parts(adapter_name).values():
                 part.requires_grad_(is_trainable)
@@ -422,12 +435,22 @@ class FastPromptModel(nn.Module):
         """As ``nn.Module.load_state_dict``; the contents of an adapter's file go to the adapter in use.
 
         The latter is what ``Trainer`` does with its checkpoints.
+
+        Raises:
+            ValueError: an adapter's contents do not fit, are of another kind of dtype, or hold NaN or infinity; or
+                ``assign`` is True for them.
+            RuntimeError: the model is folded.
         """
         self._refuse_while_folded("load weights")
         parts = self._parts(self.active_adapter)
-        if state_dict.keys() != tensors_of(parts).keys():
+        own = tensors_of(parts)
+        if state_dict.keys() != own.keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if assign:
+            raise ValueError("assign: expected False for an adapter's contents, whose values are copied into place")
         check_fit(parts, dict(state_dict), "state_dict", base_class(self).__name__)
+        check_kinds(own, state_dict, "state_dict")
+        check_finite(own, state_dict, "state_dict")
         copy_into(parts, dict(state_dict))
         return nn.Module().load_state_dict({})
 
@@ -571,14 +594,19 @@ class FastPromptModel(nn.Module):
         if hasattr(self, SAVED_PARAMETERS):
             self._saved_parameters().place(self, active)
 
-    def _new_draft(self, name: str, config: MethodConfig) -> Draft:
+    def _new_draft(
+        self,
+        name: str,
+        config: MethodConfig,
+        build: Callable[[nn.Module, MethodConfig], Draft] = Draft.build,
+    ) -> Draft:
         """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""
         check_adapter_name(name)
         if name in self._fast_prompt.configs:
             raise ValueError(f"adapter_name: {name!r} exists already")
         check_skips(config, self, self._fast_prompt.dropped)
         with self._disabled():
-            return Draft.build(self, config)
+            return build(self, config)
 
     def _parts(self, name: str) -> Parts:
         """Everything of an adapter, under the prefix of its tensors' names in a file."""
@@ -649,21 +677,6 @@ def _refuse_wishes(others: Mapping[str, Any]) -> None:
             )
 
 
-def _read_config(directory: Path) -> tuple[MethodConfig, str]:
-    """The config in ``directory``, and the base it was made for."""
-    path = directory / CONFIG_NAME
-    values = read_json(path)
-    return MethodConfig.from_dict(values, origin=str(path)), base_in(values, path)
-
-
-def _load_into(parts: Parts, directory: Path, made_for: str) -> None:
-    """Read the weights in ``directory``, check them, and only then copy them into ``parts``."""
-    path = directory / WEIGHTS_NAME
-    tensors = read_tensors(path)
-    check_fit(parts, tensors, str(path), made_for)
-    copy_into(parts, tensors)
-
-
 def _check_same(here: MethodConfig, there: MethodConfig, name: str, directory: Path) -> None:
     ours, theirs = here.to_dict(), there.to_dict()
     different = [
@@ -674,13 +687,3 @@ def _check_same(here: MethodConfig, there: MethodConfig, name: str, directory: P
             f"adapter_name: {name!r} exists with other settings than those in {directory} ({'; '.join(different)}); "
             "load it under another name"
         )
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give ``source`` a second name; a copy where the file system has no links."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)

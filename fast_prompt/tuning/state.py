@@ -1,21 +1,29 @@
 """What an adapted model remembers, and an adapter that is not yet part of one."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fast_prompt.tuning.adapters import find_saved_modules, trainable_copy
 from fast_prompt.tuning.classes import Replacement
 from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.files import Entry
 from fast_prompt.tuning.parameters import trainable_parameters
 from fast_prompt.tuning.site import Site
 
 # What an adapter consists of, by the prefix of its tensors' names in a file.
 Parts = Mapping[str, nn.Module | nn.Parameter]
+
+# What modules make their parameters and buffers with.
+FACTORIES = (torch.empty, torch.full, torch.ones, torch.zeros)
+
+# Dtypes whose values can be loaded into each other; those of any other are loaded into the same alone.
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Names listed in full before an error says how many more there are.
 LISTED = 4
@@ -54,6 +62,52 @@ class AdapterState:
         return Counter(each for sites in self.sites.values() for site in sites for each in site.forwards)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a new adapter will consist of, before any of it is made.
+
+    Attributes:
+        config: its settings.
+        sites: where its modules go.
+        saved: paths of the modules that train in full.
+        parameters: names of the base model's further parameters that train.
+    """
+
+    config: MethodConfig
+    sites: Sequence[Site]
+    saved: list[str]
+    parameters: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: MethodConfig) -> "Plan":
+        """What ``config`` asks for; ValueError if it does not fit the model."""
+        sites = config.find_sites(model)
+        _check_apart(sites)
+        paths = find_saved_modules(model, config.modules_to_save, [site.name for site in sites])
+        return cls(config, sites, paths, config.trained_parameters(model))
+
+    def outline(self, model: nn.Module) -> Parts:
+        """Parts with the names and shapes that the adapter's will have, for which no memory is allocated.
+
+        Raises:
+            ValueError: a size is beyond what any tensor can have.
+        """
+        try:
+            with WithoutMemory():
+                modules = {site.prefix: self.config.build(model, site) for site in self.sites}
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(f"no tensor can be as large as these settings ask for ({error})") from error
+        saved = {path: model.get_submodule(path) for path in self.saved}
+        return modules | saved | {name: model.get_parameter(name) for name in self.parameters}
+
+    def build(self, model: nn.Module) -> "Draft":
+        """Make it, newly initialised; the model is left as it was."""
+        saved = {path: trainable_copy(model.get_submodule(path)) for path in self.saved}
+        parameters = trainable_parameters(model, self.parameters, self.saved)
+        modules = [(site, self.config.build(model, site)) for site in self.sites]
+        return Draft(self.config, modules, saved, parameters)
+
+
 @dataclass
 class Draft:
     """A new adapter, built for a model and checked against it, that is not in the model yet.
@@ -73,16 +127,21 @@ class Draft:
     @classmethod
     def build(cls, model: nn.Module, config: MethodConfig) -> "Draft":
         """Build what ``config`` asks for; ValueError if it does not fit the model, which is left as it was."""
-        sites = config.find_sites(model)
-        _check_apart(sites)
-        paths = find_saved_modules(model, config.modules_to_save, [site.name for site in sites])
-        saved = {path: trainable_copy(model.get_submodule(path)) for path in paths}
-        parameters = trainable_parameters(model, config.trained_parameters(model), paths)
-        return cls(config, [(site, config.build(model, site)) for site in sites], saved, parameters)
+        return Plan.of(model, config).build(model)
 
     def parts(self) -> Parts:
         """Everything of the adapter, under the prefix of its tensors' names in a file."""
         return {site.prefix: module for site, module in self.sites} | self.saved | self.parameters
+
+
+class WithoutMemory(TorchFunctionMode):
+    """A context in which new modules' tensors are on the meta device, whichever they were told."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``function``, with another device if it makes a tensor out of nothing."""
+        return function(*args, **(kwargs or {}) | ({"device": "meta"} if function in FACTORIES else {}))
 
 
 def _check_apart(sites: Sequence[Site]) -> None:
@@ -105,12 +164,12 @@ def tensors_of(parts: Parts) -> dict[str, Tensor]:
     return {name: value for prefix, part in parts.items() for name, value in tensors_in(prefix, part)}
 
 
-def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: str) -> None:
+def check_fit(parts: Parts, tensors: Mapping[str, Tensor | Entry], origin: str, made_for: str) -> None:
     """Raise a ValueError that names what differs unless ``tensors`` has exactly the names and shapes of ``parts``.
 
     Args:
         parts: what to load into.
-        tensors: a file's contents.
+        tensors: a file's contents, or what its header says of them.
         origin: the file's name.
         made_for: the base model that the file says it was made for.
     """
@@ -119,7 +178,7 @@ def check_fit(parts: Parts, tensors: dict[str, Tensor], origin: str, made_for: s
         raise ValueError(f"{origin}: the adapter (made for {made_for}) does not fit this model; {problem}")
 
 
-def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> str:
+def mismatch(tensors: Mapping[str, Tensor | Entry], expected: Mapping[str, Tensor], model: str) -> str:
     """What differs between a file's tensors and those ``expected`` in ``model``, by name and shape; else nothing."""
     shapes = [
         f"{name} {list(tensors[name].shape)} in the file, {list(value.shape)} here"
@@ -132,6 +191,31 @@ def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], mode
         "of another shape": shapes,
     }
     return "; ".join(f"{problem}: {listing(names)}" for problem, names in problems.items() if names)
+
+
+def check_kinds(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise a ValueError that names what would be cast from one kind of dtype to another.
+
+    Args:
+        own: what to load into.
+        tensors: a file's contents, of the same names.
+        origin: the file's name.
+    """
+    alien = [
+        f"{name} {value.dtype} in the file, {own[name].dtype} here"
+        for name, value in tensors.items()
+        if value.dtype != own[name].dtype and not {value.dtype, own[name].dtype} <= set(FLOATING)
+    ]
+    if alien:
+        kinds = ", ".join(map(str, FLOATING))
+        raise ValueError(f"{origin}: of another kind of dtype: {listing(alien)}; only {kinds} stand for each other")
+
+
+def check_finite(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, hint: str = "") -> None:
+    """Raise a ValueError, with a ``hint``, that names what is not finite; arguments as those of ``check_kinds``."""
+    broken = [name for name, value in tensors.items() if not value.to(own[name].dtype).isfinite().all()]
+    if broken:
+        raise ValueError(f"{origin}: NaN or infinity, in the dtype here, in {listing(broken)}{hint}")
 
 
 def listing(names: list[str]) -> str:
@@ -156,6 +240,6 @@ def describe_base(model_class: type, config: object) -> dict[str, str | None]:
     }
 
 
-def base_in(values: dict[str, object], path: Path) -> str:
-    """The base named in an adapter's config file."""
-    return str(values.get("base_model_class") or f"a base that {path} does not name")
+def base_in(settings: Mapping[str, object], origin: str) -> str:
+    """The base that an adapter's config names; ``origin`` is its file."""
+    return str(settings.get("base_model_class") or f"a base that {origin} does not name")

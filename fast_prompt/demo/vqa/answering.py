@@ -69,7 +69,7 @@ class Answerer:
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, question: str) -> dict[str, float]:
-        """Of every answer to one question about one image [1, 8, 24], the likeliest first.
+        """The probability of every answer to one question about one image [1, 8, 24], the likeliest first.
 
         Raises:
             ValueError: the question is empty, or longer than the model can read.

@@ -4,16 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
-from fast_prompt.demo.chart import FAINT, INK, SOFT, STYLE, Bar, draw_bars
+from fast_prompt.demo.chart import Bar, draw_bars
 from fast_prompt.demo.report import Results
 from fast_prompt.demo.vqa.data import Asked
 from fast_prompt.demo.vqa.settings import Settings
+from fast_prompt.figures import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, SOFT, figure
 
-# Okabe and Ito's colours: what is compared with, visual prompts, and the control.
-BASELINE, OURS, CONTROL = "#0072B2", "#D55E00", "#999999"
+# What is compared with, visual prompts, and the control.
+BASELINE, OURS, CONTROL = BLUE, ORANGE, GREY
 COLORS = {
     "Question only": CONTROL,
     "All visual tokens": BASELINE,
@@ -22,7 +20,7 @@ COLORS = {
     "DVP + APT": OURS,
     "DVP + adapters, random LM": CONTROL,
 }
-RIGHT_ANSWER, WRONG_ANSWER = "#009E73", "#CC3311"
+RIGHT_ANSWER, WRONG_ANSWER = GREEN, RED
 COLUMNS = 4
 
 
@@ -34,29 +32,26 @@ def draw_chart(results: Results, settings: Settings, path: Path) -> None:
         (f"Training step of {settings.batch_size} questions, ms", "{:.0f}", lambda row: row.step_ms),
         ("Added multiply-adds a question, millions", "{:.1f}", lambda row: row.added_macs / 1e6),
     ]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(13, 7.2), dpi=150, facecolor="white")
+    with figure(path, 13, 7.2) as drawn:
         title = "A language model that never saw an image reads handwritten digits"
-        figure.text(0.03, 0.94, title, size=17, weight="bold")
+        drawn.text(0.03, 0.94, title, size=17, weight="bold")
         asked = f"{settings.train_questions:,} questions to train on, {settings.test_questions:,} to test"
         seen = f"seen {settings.epochs:g}x, or {settings.full_epochs:g}x where the whole language model trains"
-        figure.text(0.03, 0.9, f"MiniLM, six blocks; {asked}, about other digits; {seen}", size=11.5, color=SOFT)
-        grid = figure.add_gridspec(2, 2, left=0.19, right=0.98, top=0.82, bottom=0.05, wspace=0.62, hspace=0.38)
+        drawn.text(0.03, 0.9, f"MiniLM, six blocks; {asked}, about other digits; {seen}", size=11.5, color=SOFT)
+        grid = drawn.add_gridspec(2, 2, left=0.19, right=0.98, top=0.82, bottom=0.05, wspace=0.62, hspace=0.38)
         for index, (title, number, value) in enumerate(panels):
             bars = [Bar(row.method, value(row), COLORS[row.method]) for row in results.rows]
-            draw_bars(figure.add_subplot(grid[index]), bars, title, number)
-        figure.savefig(path)
+            draw_bars(drawn.add_subplot(grid[index]), bars, title, number)
 
 
 def draw_answers(asked: Asked, probabilities: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draws each image over its question, the model's answer and, where that is wrong, the right one."""
     rows = -(-len(asked) // COLUMNS)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(14, 2.5 * rows + 0.6), dpi=120, facecolor="white", layout="constrained")
+    with figure(path, 14, 2.5 * rows + 0.6, layout="constrained") as drawn:
         title = "The saved adapter in a fresh language model answers"
-        figure.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
+        drawn.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
         for number, answers in enumerate(probabilities):
-            axes = figure.add_subplot(rows, COLUMNS, number + 1)
+            axes = drawn.add_subplot(rows, COLUMNS, number + 1)
             axes.imshow(asked.pixels[number, 0].numpy(), cmap="gray_r", vmin=-1, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -67,7 +62,6 @@ def draw_answers(asked: Asked, probabilities: Sequence[Mapping[str, float]], pat
             correction = "" if right else f"   (right: {asked.answers[number]})"
             style: dict[str, Any] = {"color": RIGHT_ANSWER if right else WRONG_ANSWER, "size": 13, "weight": "bold"}
             axes.set_xlabel(f"{answer}   {probability:.0%}{correction}", loc="left", **style)
-        figure.savefig(path)
 
 
 def draw_skips(
@@ -79,20 +73,18 @@ def draw_skips(
         ("Time a question, ms", "{:.2f}", lambda row: row.infer_ms),
         ("Saved multiply-adds, millions", "{:.1f}", lambda row: -row.added_macs / 1e6),
     ]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(14, 4.2), dpi=150, facecolor="white")
-        figure.text(0.02, 0.92, "Which blocks do the questions need?", size=16, weight="bold")
+    with figure(path, 14, 4.2) as drawn:
+        drawn.text(0.02, 0.92, "Which blocks do the questions need?", size=16, weight="bold")
         asked = f"{settings.train_questions:,} questions to train on, {settings.test_questions:,} to test"
-        figure.text(0.02, 0.855, f"MiniLM with visual prompts, APT and adapters; {asked}", size=11, color=SOFT)
-        grid = figure.add_gridspec(1, 4, left=0.1, right=0.98, top=0.7, bottom=0.08, wspace=0.12)
-        _draw_blocks(figure.add_subplot(grid[0]), sets, blocks)
+        drawn.text(0.02, 0.855, f"MiniLM with visual prompts, APT and adapters; {asked}", size=11, color=SOFT)
+        grid = drawn.add_gridspec(1, 4, left=0.1, right=0.98, top=0.7, bottom=0.08, wspace=0.12)
+        _draw_blocks(drawn.add_subplot(grid[0]), sets, blocks)
         for index, (title, number, value) in enumerate(panels):
-            axes = figure.add_subplot(grid[index + 1])
+            axes = drawn.add_subplot(grid[index + 1])
             colors = [OURS if row.method == "Found" else CONTROL for row in results.rows]
             bars = [Bar(row.method, value(row), color) for row, color in zip(results.rows, colors, strict=True)]
             draw_bars(axes, bars, title, number)
             axes.set_yticks([])
-        figure.savefig(path)
 
 
 def _draw_blocks(axes: Any, sets: Mapping[str, Sequence[str]], blocks: Sequence[str]) -> None:

@@ -164,5 +164,5 @@ def _compact(model: Any) -> tuple[int, int]:
 
 
 def _number(path: str) -> int:
-    """Of a block, from its path."""
+    """A block's number, from its path."""
     return int(path.rpartition(".")[2])

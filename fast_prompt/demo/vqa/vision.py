@@ -34,7 +34,7 @@ class Reader(nn.Module):
         self.classifier = nn.Linear(width, SLOTS * digits.CLASSES)
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Of pixels [B, 1, 8, 24] with the digits `labels` [B, 3].
+        """The loss on pixels [B, 1, 8, 24] with the digits `labels` [B, 3].
 
         Every patch tells its third and the digit there, one of 30 classes, so that a prompt can look for a third;
         CLS tells all three digits.
@@ -51,7 +51,7 @@ class Reader(nn.Module):
 
 
 def pretrained(directory: Path, settings: Settings, seed: int, on_step: Callable[[], object]) -> Any:
-    """The encoder, pretrained into `directory` (which exists), or that of an earlier run of the same settings."""
+    """The encoder, pretrained into `directory` (which exists), or what an earlier run of the same settings left."""
     path = directory / f"vision-{_fingerprint(settings, seed)}.safetensors"
     torch.manual_seed(seed)
     encoder = new_encoder(settings)
@@ -94,7 +94,7 @@ def new_encoder(settings: Settings) -> Any:
 
 
 def _fingerprint(settings: Settings, seed: int) -> str:
-    """Of all that decides the pretrained weights."""
+    """A digest of all that decides the pretrained weights."""
     decisive = {name: value for name, value in asdict(settings).items() if name.startswith("vision_")}
     decided = (decisive, settings.patch_size, settings.train_per_class, settings.validation_per_class, seed)
     return hashlib.sha256(repr((decided, torch.__version__)).encode()).hexdigest()[:12]

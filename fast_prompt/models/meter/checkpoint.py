@@ -12,7 +12,7 @@ from torch import Tensor
 from fast_prompt.models.meter.config import MeterConfig
 from fast_prompt.models.meter.model import MeterForVisualQuestionAnswering
 from fast_prompt.tuning.files import read_tensors
-from fast_prompt.tuning.state import listing, mismatch
+from fast_prompt.tuning.state import check_finite, check_kinds, listing, mismatch
 
 BLOCKS = r"vit_model\.visual\.transformer\.resblocks\."
 BLOCK = BLOCKS + r"(\d+)\."
@@ -65,7 +65,8 @@ def load_published(path: str | Path, config: MeterConfig | None = None) -> Meter
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is none of the two, or its names or shapes do not fit ``config``; the message names them.
+        ValueError: the file is none of the two, its names or shapes do not fit ``config``, or its values are of another
+            kind of dtype, NaN or infinity; the message names them.
     """
     path, config = Path(path), MeterConfig() if config is None else config
     tensors = translate(_read(path), config, str(path))
@@ -162,3 +163,5 @@ def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], or
     problem = mismatch(tensors, expected, "the config's model")
     if problem:
         raise ValueError(f"{origin}: does not fit; {problem}")
+    check_kinds(expected, tensors, origin)
+    check_finite(expected, tensors, origin)

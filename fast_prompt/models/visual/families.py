@@ -43,6 +43,7 @@ class Family:
         adapt: what replaces those modules' forward.
         read_out: what the answer head reads: (last hidden state, mask) to [B, d].
         decodes: whether the prompts enter a decoder beside which there is an encoder.
+        causal: whether every token sees those before it alone, whatever the config's ``is_decoder`` says.
         drop_visual: what replaces the forward of such an encoder.
         answer_inputs: completes the forward's arguments where the answer head follows.
     """
@@ -59,6 +60,7 @@ class Family:
     adapt: Replacement
     read_out: Callable[[Tensor, Tensor | None], Tensor]
     decodes: bool = False
+    causal: bool = False
     drop_visual: Replacement | None = None
     answer_inputs: Callable[[Any, dict[str, Any]], dict[str, Any]] = as_given
 
@@ -105,6 +107,7 @@ FAMILIES = (
         sublayers=("self_attn.o_proj", "mlp.down_proj"),
         adapt=adapt_after,
         read_out=llama.read_out,
+        causal=True,
     ),
 )
 
@@ -149,7 +152,9 @@ def find_target(model: nn.Module) -> Target:
         for family in FAMILIES
         if type(module).__name__ in family.stacks
     ]
-    into = [each for each in found if bool(getattr(each[1].config, "is_decoder", False)) == each[2].decodes]
+    into = [each for each in found if _can_enter(each[1], each[2])]
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise ValueError(f"{type(model).__name__}: expected a model that takes one text for an image, not several")
     if len(into) != 1:
         known = "; ".join(f"{each.name} ({', '.join(each.stacks)})" for each in FAMILIES)
         raise ValueError(
@@ -169,6 +174,11 @@ def find_target(model: nn.Module) -> Target:
     config: Any = stack.config
     blocks = _blocks(model, path, family)
     return Target(family, path, config.hidden_size, config.num_attention_heads, blocks, encoder, adapted)
+
+
+def _can_enter(stack: nn.Module, family: Family) -> bool:
+    """Whether this is the kind of stack that prompts of its family enter."""
+    return family.causal or bool(getattr(stack.config, "is_decoder", False)) == family.decodes
 
 
 def _blocks(model: nn.Module, stack: str, family: Family) -> list[str]:

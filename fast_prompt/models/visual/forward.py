@@ -6,20 +6,28 @@ from typing import Any
 from torch import Tensor
 
 from fast_prompt.models.cache import cache_in
-from fast_prompt.models.visual.call import VisualPrompts, check_visual
+from fast_prompt.models.visual.call import (
+    VisualPrompts,
+    check_free,
+    check_visual,
+    holds_prompts,
+    text_in,
+    two_dimensional,
+)
 from fast_prompt.models.visual.families import family_called
+from fast_prompt.models.visual.question import asking, visual_generate
+from fast_prompt.tuning.classes import with_methods
 from fast_prompt.tuning.site import CHILD
 
-# Arguments from which the batch can be told, each [B, ...].
-BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
-
+@with_methods(generate=visual_generate)
 def visual_forward(
     self: Any,
     forward: Callable[..., Any],
     *,
     visual_embeds: Tensor | None = None,
     visual_attention_mask: Tensor | None = None,
+    visual_query_mask: Tensor | None = None,
     **inputs: Any,
 ) -> Any:
     """A model's forward with the features of an image.
@@ -31,51 +39,32 @@ def visual_forward(
             the prompts already.
         visual_attention_mask: [B, Nv] bool or whole numbers, 1 = real token, or None where all are real. The prompts of
             a sample without a real one are 0 (and their type embedding).
+        visual_query_mask: [B, n'] bool or whole numbers, 1 = token of the question, from which the prompts' query is
+            pooled (of the encoder's text where there is one). By default the answer's marker in samples that have it,
+            else the text of the call in which the prompts enter; ``generate`` gives its own question to every step.
         inputs: the forward's own arguments.
 
     Returns:
         what the model returns. Its last hidden state holds the text's n tokens; the hidden states before it, from block
         K on, hold the m prompts and then the text.
     """
-    prompter = getattr(self, CHILD).in_use()
+    prompter, cache = getattr(self, CHILD).in_use(), cache_in(inputs)
     if prompter is None:
+        check_free(cache)
         return forward(self, **inputs)
-    prompts = VisualPrompts(prompter, None, None, _two_dimensional(inputs.get("attention_mask")))
-    prompts.cached = _past(cache_in(inputs)) > 0
-    if not prompts.cached:
-        batch = _batch(inputs, visual_embeds)
+    mask = two_dimensional(inputs.get("attention_mask"))
+    prompts = VisualPrompts(prompter, mask=mask, stated=visual_query_mask is not None)
+    prompts.cached, source = holds_prompts(cache, prompter), _source(inputs)
+    if not prompts.cached and source is not None:
         prompts.visual, prompts.padding = check_visual(
-            visual_embeds, visual_attention_mask, batch, prompter.visual_width
+            visual_embeds, visual_attention_mask, source.shape[0], prompter.visual_width
         )
-        input_ids = inputs.get("input_ids")
-        if prompter.answer_token_id is not None and input_ids is not None:
-            prompts.marker = input_ids == prompter.answer_token_id
+        prompts.query = asking(prompter, inputs, source, mask, visual_query_mask)
     family_called(prompter.family).prepare(self, prompts, inputs)
     return forward(self, visual_prompts=prompts, **inputs)
 
 
-def _two_dimensional(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is not None and mask.dim() == 2 else None
-
-
-def _past(cache: Any) -> int:
-    """How many tokens the key-value cache holds."""
-    if cache is None:
-        return 0
-    if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"past_key_values: {type(cache).__name__} has no room for prompts that enter at a later block; use a "
-            "DynamicCache, or none"
-        )
-    return int(cache.get_seq_length())
-
-
-def _batch(inputs: dict[str, Any], visual_embeds: Tensor | None) -> int:
-    """B of the text, by whichever argument came."""
-    for name in BATCHED:
-        if inputs.get(name) is not None:
-            return int(inputs[name].shape[0])
-    encoded = inputs.get("encoder_outputs")
-    if encoded is not None:
-        return int(encoded[0].shape[0])
-    return 0 if visual_embeds is None else len(visual_embeds)
+def _source(inputs: dict[str, Any]) -> Tensor | None:
+    """The text that asks, as ids, embeddings or the encoder's output; None where none came."""
+    text, encoded = text_in(inputs), inputs.get("encoder_outputs")
+    return text if text is not None or encoded is None else encoded[0]

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from fast_prompt.models.cache import cache_in
+from fast_prompt.models.checks import check_data
 from fast_prompt.models.visual.call import VisualPrompts, check_length, text_in
 from fast_prompt.models.visual.masks import add_causal_queries, add_keys
 from fast_prompt.models.visual.prompter import first_real, pool_last
+
+IGNORED = -100  # the label of a token that no loss counts
+PACKED = "position_ids: expected one sequence in each row, since a row has one image's prompts; got several"
+LABELS_ASK = (
+    "labels: they lie in the text from which the prompts' query is pooled, so that the prompts would tell the model "
+    "its answer; every sample needs DVPConfig.answer_token_id before its answer, or visual_query_mask must say which "
+    "tokens are the question"
+)
 
 
 def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
@@ -25,19 +34,21 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         inputs: the forward's arguments by name.
 
     Raises:
-        ValueError: no text came; text and prompts together are longer than the model's limit; the cache was filled
-            without prompts; or the labels lie in the text that the query is pooled from.
+        ValueError: no text came; text and prompts together are longer than the model's limit; a row holds several
+            sequences; or the labels lie in the text that the query is pooled from.
     """
-    prompter, stack = prompts.prompter, model.get_submodule(prompts.prompter.stack)
-    text = text_in(inputs)
+    stack, text, cache = model.get_submodule(prompts.prompter.stack), text_in(inputs), cache_in(inputs)
     if text is None:
         raise ValueError("input_ids: expected the text, or its embeddings as inputs_embeds, got neither")
-    (batch, length), cache = text.shape[:2], cache_in(inputs)
-    _check_labels(prompts, inputs.get("labels"), length)
-    past = _past(prompts, cache)
-    check_length(past + length + prompts.number, stack.config.max_position_embeddings, "tokens, prompts included,")
+    batch, length = text.shape[:2]
+    _check_labels(prompts, inputs, length)
+    past = 0 if cache is None else cache.get_seq_length()
+    if stack.rotary_emb.rope_type != "dynamic":  # which goes past the limit on purpose
+        check_length(past + length + prompts.number, stack.config.max_position_embeddings, "tokens, prompts included,")
     if inputs.get("position_ids") is None:
         inputs["position_ids"] = torch.arange(past, past + length, device=text.device).unsqueeze(0)
+    elif inputs.get("attention_mask") is None:
+        check_data((inputs["position_ids"].diff() >= 0).all(), PACKED)
     if not prompts.cached:
         positions = inputs["position_ids"].expand(batch, -1)
         first = positions.gather(1, first_real(prompts.mask, length, text.device, batch).unsqueeze(1))
@@ -45,31 +56,20 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         dtype = next(stack.embed_tokens.parameters()).dtype
         angles = stack.rotary_emb(torch.empty(0, dtype=dtype, device=text.device), torch.cat([before, positions], 1))
         prompts.place = tuple(each[:, : prompts.number] for each in angles)
-    elif prompter.layer == 0:
-        # The model makes its mask as long as the first block's cache, which holds the prompts too.
-        inputs["attention_mask"] = add_keys(inputs.get("attention_mask"), prompts.number)
 
 
-def _past(prompts: VisualPrompts, cache: Any) -> int:
-    """How many text tokens the cache holds; where it holds any, it must hold the prompts too."""
-    if not prompts.cached:
-        return 0
-    layer, number = prompts.prompter.layer, prompts.number
-    past = int(cache.get_seq_length())
-    if layer == 0:
-        return past - number
-    if int(cache.get_seq_length(layer)) != past + number:
-        raise ValueError("past_key_values: the cache was filled, or cropped, without the visual prompts")
-    return past
-
-
-def _check_labels(prompts: VisualPrompts, labels: Tensor | None, length: int) -> None:
-    if labels is None or labels.dim() != 2 or labels.shape[1] != length or prompts.prompter.answer_token_id is not None:
+def _check_labels(prompts: VisualPrompts, inputs: dict[str, Any], length: int) -> None:
+    """Where labels lie in the text, no query is pooled from them: it is the first token, the marker or as stated."""
+    labels: Tensor | None = inputs.get("labels")
+    prompter = prompts.prompter
+    if labels is None or labels.dim() != 2 or labels.shape[1] != length or labels.is_floating_point():
         return
-    raise ValueError(
-        "labels: they lie in the text from which the prompts' query is pooled, so that the prompts would tell the "
-        "model its answer; set DVPConfig.answer_token_id to the token before the answer"
-    )
+    if prompts.cached or prompts.stated or prompter.pooling == "first":
+        return
+    if prompter.answer_token_id is None:
+        raise ValueError(LABELS_ASK)
+    marked = (inputs["input_ids"] == prompter.answer_token_id).any(-1)
+    check_data((marked | (labels == IGNORED).all(-1)).all(), LABELS_ASK)
 
 
 def block_forward(
@@ -89,12 +89,11 @@ def block_forward(
         assert visual_prompts is not None
         if layer == visual_prompts.prompter.layer:
             hidden_states = visual_prompts.enter(hidden_states, hidden_states)
+        attention_mask = add_keys(attention_mask, visual_prompts.number)
         if not visual_prompts.cached:
             assert position_embeddings is not None
-            attention_mask = add_causal_queries(add_keys(attention_mask, visual_prompts.number), visual_prompts.number)
+            attention_mask = add_causal_queries(attention_mask, visual_prompts.number)
             position_embeddings = _with_prompts(visual_prompts.place, position_embeddings)
-        elif visual_prompts.prompter.layer > 0:
-            attention_mask = add_keys(attention_mask, visual_prompts.number)
     output = forward(
         self,
         hidden_states=hidden_states,
@@ -102,12 +101,12 @@ def block_forward(
         position_embeddings=position_embeddings,
         **kwargs,
     )
-    return visual_prompts.leave(output, layer) if enters and visual_prompts is not None else output
+    return visual_prompts.leave(output, layer, cache_in(kwargs)) if enters and visual_prompts is not None else output
 
 
 def _with_prompts(prompts: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     cos, sin = (
-        torch.cat([first.to(each), each.expand(len(first), -1, -1)], 1)
+        torch.cat([first.to(each), each.expand(first.shape[0], -1, -1)], 1)
         for first, each in zip(prompts, text, strict=True)
     )
     return cos, sin

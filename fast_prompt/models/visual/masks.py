@@ -1,4 +1,4 @@
-"""Attention masks that make room for prompts, which stand before the text.
+"""Attention masks that cover prompts, which stand before the text.
 
 Masks are those of ``transformers``: None, [B, k] (flash attention), or [B, 1, q, k], bool (True = visible) or added to
 the scores.

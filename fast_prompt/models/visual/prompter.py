@@ -68,8 +68,7 @@ class VisualPrompter(nn.Module):
         stack: path of the blocks' parent in the model.
         layer: K, the block before which the prompts enter.
         num_blocks: L.
-        answer_token_id: where given, the query is the text at this token's first place instead, in samples that
-            have it.
+        answer_token_id: where given, the text at this token's first place asks alone, in samples that have it.
 
     Attributes:
         query_offsets: [m, d], from N(0, 0.02), or None when m is 1.
@@ -112,15 +111,12 @@ class VisualPrompter(nn.Module):
         """The text [B, n, d] with its type embedding added."""
         return hidden if self.type_embedding is None else hidden + self.type_embedding[0].to(hidden.dtype)
 
-    def forward(
-        self, source: Tensor, mask: Tensor | None, marker: Tensor | None, visual: Tensor, padding: Tensor | None
-    ) -> Tensor:
+    def forward(self, source: Tensor, mask: Tensor | None, visual: Tensor, padding: Tensor | None) -> Tensor:
         """The prompts of a batch.
 
         Args:
             source: [B, n, d], the text that asks.
-            mask: [B, n], 1 where a token of ``source`` is real, or None where all are.
-            marker: bool [B, n], True at the answer's marker, or None.
+            mask: [B, n], 1 where a token of ``source`` asks, or None where all do.
             visual: [B, Nv, d_v], the visual tokens.
             padding: bool [B, Nv], True where a visual token is padding, or None.
 
@@ -128,10 +124,7 @@ class VisualPrompter(nn.Module):
             [B, m, d], dtype of ``source``; where a sample's image is padding alone, nothing but the type embedding.
         """
         dtype = self.compressor.q_proj.weight.dtype
-        query = POOLINGS[self.pooling](source, mask)
-        if marker is not None:
-            query = torch.where(marker.any(-1, keepdim=True), pool_first(source, marker), query)
-        query = query.unsqueeze(1).to(dtype)
+        query = POOLINGS[self.pooling](source, mask).unsqueeze(1).to(dtype)
         if self.query_offsets is not None:
             query = query + self.query_offsets
         prompts = self.compressor(query, visual.to(source.device, dtype), padding)

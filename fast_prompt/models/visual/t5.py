@@ -24,11 +24,7 @@ def prepare(model: Any, prompts: VisualPrompts, inputs: dict[str, Any]) -> None:
         prompts: what the blocks will get.
         inputs: the forward's arguments by name.
     """
-    prompter = prompts.prompter
-    prompts.place = model.get_submodule(prompter.stack).block[0].layer[0].SelfAttention
-    if prompts.cached and prompter.layer == 0:
-        # The decoder makes its mask as long as the first block's cache, which holds the prompts too.
-        inputs["decoder_attention_mask"] = add_keys(inputs.get("decoder_attention_mask"), prompts.number)
+    prompts.place = model.get_submodule(prompts.prompter.stack).block[0].layer[0].SelfAttention
 
 
 def block_forward(
@@ -43,20 +39,19 @@ def block_forward(
     layer = self.layer[0].SelfAttention.layer_idx
     if visual_prompts is None or layer < visual_prompts.prompter.layer:
         return forward(self, hidden_states=hidden_states, **kwargs)
-    mask, number = kwargs.get("attention_mask"), visual_prompts.number
+    mask, number, cache = kwargs.get("attention_mask"), visual_prompts.number, cache_in(kwargs)
     if layer == visual_prompts.prompter.layer:
         hidden_states = visual_prompts.enter(hidden_states, kwargs["encoder_hidden_states"])
         kwargs["encoder_decoder_position_bias"] = None
-        if layer > 0:
-            kwargs["position_bias"] = _relative_bias(visual_prompts, hidden_states, cache_in(kwargs), layer)
+        kwargs["position_bias"] = _relative_bias(visual_prompts, hidden_states, cache, layer)
     if not visual_prompts.cached:
         mask = causal(hidden_states.shape[1] - number, hidden_states.device) if mask is None else mask
         mask = _full(add_queries(add_keys(mask, number), number), hidden_states.shape[1])
         kwargs["encoder_attention_mask"] = add_queries(kwargs.get("encoder_attention_mask"), number)
-    elif visual_prompts.prompter.layer > 0:
+    else:
         mask = add_keys(mask, number)
     output = forward(self, hidden_states=hidden_states, **kwargs | {"attention_mask": mask})
-    return (visual_prompts.leave(output[0], layer), *output[1:])
+    return (visual_prompts.leave(output[0], layer, cache), *output[1:])
 
 
 def _full(mask: Tensor | None, length: int) -> Tensor | None:
@@ -65,7 +60,7 @@ def _full(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def _relative_bias(prompts: VisualPrompts, hidden: Tensor, cache: Any, layer: int) -> Tensor:
-    past = 0 if cache is None else int(cache.get_seq_length(layer))
+    past = prompts.number + cache.get_seq_length(layer) if prompts.cached else 0
     length = hidden.shape[1]
     return prompts.place.compute_bias(length, past + length, device=hidden.device, past_seen_tokens=past)
 
@@ -77,6 +72,7 @@ def encoder_forward(
     visual_prompts: VisualPrompts | None = None,
     visual_embeds: Tensor | None = None,
     visual_attention_mask: Tensor | None = None,
+    visual_query_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """The encoder's forward: T5 gives its arguments to both stacks, and these are the decoder's."""

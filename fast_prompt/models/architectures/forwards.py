@@ -1,0 +1,75 @@
+"""The forwards that several architectures share.
+
+An attention gives H (its output projection) alone, first in a tuple, or, in BERT's family, never: its ``output`` module
+projects, drops out and normalises, so that module's forward is replaced. A skipped block's forward runs the adapter in
+its place.
+
+A parallel adapter reads what its sublayer reads before any norm, and is computed together with the residual:
+``x + adapter(x)`` is one pass, to which the sublayer's result is added. For that, a pre-norm block's sublayers are
+called from here; without adapters they must give what the block's own forward gives, which a trial call checks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast_prompt.models.architectures.architecture import Place, Sublayers
+from fast_prompt.models.cache import cache_in
+from fast_prompt.models.skip import SKIP_CHILD, adapter_in_place
+from fast_prompt.tuning.adapters import at_site
+from fast_prompt.tuning.classes import Replacement
+from fast_prompt.tuning.site import CHILD
+
+# The child of BERT's ``output`` module that keeps adapters of its residual.
+RESIDUAL_CHILD = f"{CHILD}_residual"
+
+# Children of a pre-norm block that keep its parallel adapters.
+ATTENTION_CHILD, MLP_CHILD = f"{CHILD}_attention", f"{CHILD}_mlp"
+
+# The argument of an attention that is X, where it comes by name.
+SOURCES = ("hidden_states", "query", "x")
+
+
+def attention_forward(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of an attention module that returns H, alone or first in a tuple."""
+    source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
+    output = forward(self, *args, **kwargs)
+    adapters = getattr(self, CHILD)
+    if isinstance(output, tuple):
+        return (adapters(output[0], source.to(output[0].device)), *output[1:])
+    return adapters(output, source.to(output.device))
+
+
+def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
+    return self.dropout(at_site(self, CHILD, self.dense(hidden_states), input_tensor))
+
+
+def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, (adapted) residual, LayerNorm."""
+    hidden_states = at_site(self, CHILD, self.dense(hidden_states), input_tensor)
+    return self.LayerNorm(self.dropout(hidden_states) + at_site(self, RESIDUAL_CHILD, input_tensor))
+
+
+def skippable_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The forward of a block that returns its hidden states alone; its parallel adapters are deeper inside."""
+    adapter = adapter_in_place(self)
+    if adapter is not None:
+        return adapter.replace(hidden_states, kwargs.get("attention_mask"), cache_in(kwargs))
+    return forward(self, hidden_states=hidden_states, **kwargs)
+
+
+def has_parallel(block: Any) -> bool:
+    """Whether an adapter that keeps this pre-norm block is in use."""
+    adapters = getattr(block, ATTENTION_CHILD, None)
+    return adapters is not None and adapters.in_use() is not None
+
+
+def pre_norm(forward: Replacement, sublayers: Sublayers) -> dict[str, Any]:
+    """Fields of ``Blocks`` for pre-norm blocks, whose forward is replaced whole by ``forward``."""
+    return {
+        "skip": Place("", SKIP_CHILD, forward),
+        "kept": tuple(Place("", child, forward) for child in (ATTENTION_CHILD, MLP_CHILD)),
+        "sublayers": sublayers,
+    }
