@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fast_prompt.nn.checks import check_count, check_positive
 
-LARGEST = 2**63 - 1  # a count or a seed must fit into an int64
+LARGEST_SEED = 2**63 - 1  # the ranks share it as an int64
 LARGEST_RATE = 1e30  # beyond it AdamW's float32 overflows
 
 Check = Callable[[str, object], None]
@@ -15,8 +15,8 @@ Check = Callable[[str, object], None]
 
 def check_seed(name: str, value: object) -> None:
     """A whole number from 0 to 2^63 - 1 (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
-        raise ValueError(f"{name}: expected a whole number from 0 to {LARGEST:,}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_SEED:
+        raise ValueError(f"{name}: expected a whole number from 0 to {LARGEST_SEED:,}, got {value!r}")
 
 
 def _check_share(name: str, value: object, *, zero: bool, one: bool) -> None:
@@ -38,9 +38,6 @@ def _check_rate_if_any(name: str, value: object) -> None:
     """None, or a rate."""
     if value is not None:
         _check_rate(name, value)
-
-
-_check_count: Check = partial(check_count, largest=LARGEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +69,13 @@ class TrainingSettings:
 
     # What checks each setting; a subclass adds its own.
     CHECKS: ClassVar[dict[str, Check]] = {
-        "steps": _check_count,
-        "batch_size": _check_count,
+        "steps": check_count,
+        "batch_size": check_count,
         "learning_rate": _check_rate,
         "head_rate": _check_rate_if_any,
         "warmup": partial(_check_share, zero=True, one=True),
         "max_grad_norm": check_positive,
-        "save_every": _check_count,
+        "save_every": check_count,
         "seed": check_seed,
     }
 
@@ -121,12 +118,12 @@ class SearchSettings(TrainingSettings):
     reward_every: int = 1
 
     CHECKS: ClassVar[dict[str, Check]] = TrainingSettings.CHECKS | {
-        "draws": _check_count,
+        "draws": check_count,
         "preference_rate": check_positive,
         "reward_share": partial(_check_share, zero=False, one=False),
-        "reward_batch": _check_count,
+        "reward_batch": check_count,
         "reward_from": partial(_check_share, zero=True, one=False),
-        "reward_every": _check_count,
+        "reward_every": check_count,
     }
 
     def measures(self, step: int) -> bool:

@@ -25,6 +25,7 @@ from fast_prompt.search.checkpoint import (
     under,
 )
 from fast_prompt.search.settings import TrainingSettings
+from fast_prompt.tuning.files import remove_leftovers
 from fast_prompt.tuning.sealed import read_sealed, write_sealed
 
 BETAS = (0.9, 0.98)
@@ -218,7 +219,9 @@ class Training:
         if spoilt:
             raise self._diverged(self.done - 1, spoilt[0])
         if self.directory is not None and ranks.number() == 0:
-            write_sealed(self._path(self.directory), tensors, self.identity())
+            path = self._path(self.directory)
+            write_sealed(path, tensors, self.identity())
+            remove_leftovers(path)
 
     def _resume(self, trainable: Trainable, optimizer: torch.optim.Optimizer) -> bool:
         """Goes on from the checkpoint in the directory; whether there is one."""

@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from fast_prompt.tuning.files import tensor_bytes, write_atomically
+from fast_prompt.tuning.files import tensor_bytes, with_metadata, write_atomically
 
 FACTS, SEAL = "facts", "sha256"
 
 
 def write_sealed(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write both in one step: who is killed or reads meanwhile leaves or finds the old file or the new one, whole."""
-    copies, said = load(tensor_bytes(tensors)), json.dumps(facts, sort_keys=True)
-    metadata = {"format": "pt", FACTS: said, SEAL: _seal(copies, said)}
-    write_atomically({path: save(copies, metadata)})
+    contents, said = tensor_bytes(tensors), json.dumps(facts, sort_keys=True)
+    write_atomically({path: with_metadata(contents, {FACTS: said, SEAL: _seal(load(contents), said)})})
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

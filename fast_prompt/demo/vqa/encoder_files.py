@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import ViTConfig, ViTModel
 from transformers.activations import ACT2FN
 
 from fast_prompt.models.foreign_code import check_attention
 from fast_prompt.nn.checks import check_bool, check_choice, check_count, check_positive, check_probability
-from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes
+from fast_prompt.tuning.files import open_tensors, read_json, read_tensors, tensor_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 LISTED = 4  # differences that an error names
@@ -82,7 +81,8 @@ def _config(path: Path) -> ViTConfig:
 
 def _check_fit(config: Any, weights: Path) -> None:
     """Compare the weights' names and shapes, out of the file's header, with a model that has no memory."""
-    found = _shapes(weights)
+    with open_tensors(weights) as file:
+        found = {name: list(entry.shape) for name, entry in file.entries.items()}
     if config.num_hidden_layers > len(found):
         raise ValueError(f"{weights}: {len(found)} tensors are too few for {config.num_hidden_layers} layers")
     try:
@@ -96,14 +96,3 @@ def _check_fit(config: Any, weights: Path) -> None:
     if names:
         listed = "; ".join(f"{name}: expected {shapes.get(name)}, got {found.get(name)}" for name in names[:LISTED])
         raise ValueError(f"{weights}: does not fit the {CONFIG} beside it: {listed}")
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Of a safetensors file's tensors, which are not read; FileNotFoundError or ValueError name the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
