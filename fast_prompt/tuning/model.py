@@ -49,6 +49,9 @@ HAS_ADAPTERS = "_hf_peft_config_loaded"
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_WEIGHTS_NAME = "model.safetensors"
 
+# Makes a new adapter for a model; a saved one's values may be in it.
+Build = Callable[[nn.Module, MethodConfig], Draft]
+
 
 def get_fast_prompt_model(
     model: nn.Module, config: MethodConfig | Sequence[MethodConfig], adapter_name: str = "default"
@@ -77,12 +80,7 @@ def get_fast_prompt_model(
     return _adapt(model, _draft(model, as_config(config), adapter_name), adapter_name)
 
 
-def _draft(
-    model: nn.Module,
-    config: MethodConfig,
-    adapter_name: str,
-    build: Callable[[nn.Module, MethodConfig], Draft] = Draft.build,
-) -> Draft:
+def _draft(model: nn.Module, config: MethodConfig, adapter_name: str, build: Build = Draft.build) -> Draft:
     if isinstance(model, FastPromptModel):
         raise ValueError(f"model: it has adapters already ({', '.join(model.adapter_configs)}); use add_adapter")
     check_adapter_name(adapter_name)
@@ -594,12 +592,7 @@ class FastPromptModel(nn.Module):
         if hasattr(self, SAVED_PARAMETERS):
             self._saved_parameters().place(self, active)
 
-    def _new_draft(
-        self,
-        name: str,
-        config: MethodConfig,
-        build: Callable[[nn.Module, MethodConfig], Draft] = Draft.build,
-    ) -> Draft:
+    def _new_draft(self, name: str, config: MethodConfig, build: Build = Draft.build) -> Draft:
         """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""
         check_adapter_name(name)
         if name in self._fast_prompt.configs:
