@@ -16,7 +16,14 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from fast_prompt.tuning.adapters import FOLDED_CHILD, SavedModules, SiteAdapters, check_adapter_name
+from fast_prompt.tuning.adapters import (
+    FOLDED_CHILD,
+    SAVED,
+    SAVED_PARAMETERS,
+    SavedModules,
+    SiteAdapters,
+    check_adapter_name,
+)
 from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
 from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
@@ -37,10 +44,6 @@ from fast_prompt.tuning.state import (
     tensors_of,
 )
 
-# The model's children that keep modules_to_save, and parameters that train, out of use.
-SAVED = "fast_prompt_modules"
-SAVED_PARAMETERS = "fast_prompt_parameters"
-
 # ``transformers``' own sign that adapters sit in a frozen model: it then trains quantized bases, and lets gradients
 # into the first block when gradient checkpointing is reentrant (which otherwise would cut every adapter off).
 HAS_ADAPTERS = "_hf_peft_config_loaded"
@@ -56,8 +59,8 @@ def get_fast_prompt_model(
     """Put a new adapter into ``model``, in place, and freeze everything else.
 
     What trains afterwards is the adapter's own parameters, the modules that ``config.modules_to_save`` names and what
-    the method trains of the base, each a copy of its own. Unlike a fresh head in ``transformers``, nothing trains that
-    is not asked for.
+    the method trains of the base, each a copy of its own, float32 where the base is of half precision. Unlike a fresh
+    head in ``transformers``, nothing trains that is not asked for.
 
     Args:
         model: a ``transformers`` model, or any module whose attentions ``config.target_modules`` names.
@@ -566,10 +569,12 @@ class FastPromptModel(nn.Module):
         active = state.active if state.enabled else None
         for site in {(site.host, site.child): site for sites in state.sites.values() for site in sites}.values():
             self._adapters(site).activate(active)
-        if hasattr(self, SAVED):
-            self._saved().place(self, active)
-        if hasattr(self, SAVED_PARAMETERS):
-            self._saved_parameters().place(self, active)
+        # The model's own are whole again before others come: one adapter's module may hold another's parameter.
+        kept = [getattr(self, child) for child in (SAVED, SAVED_PARAMETERS) if hasattr(self, child)]
+        for each in reversed(kept):
+            each.place(self, None)
+        for each in kept:
+            each.place(self, active)
 
     def _new_draft(self, name: str, config: MethodConfig) -> Draft:
         """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fast_prompt.tuning.adapters import find_saved_modules, trainable_copy
+from fast_prompt.tuning.adapters import find_saved_modules
 from fast_prompt.tuning.classes import Replacement
 from fast_prompt.tuning.config import MethodConfig
-from fast_prompt.tuning.parameters import trainable_parameters
+from fast_prompt.tuning.copies import trainable_copies, trainable_parameters
 from fast_prompt.tuning.site import Site
 
 # What an adapter consists of, by the prefix of its tensors' names in a file.
@@ -76,7 +76,7 @@ class Draft:
         sites = config.find_sites(model)
         _check_apart(sites)
         paths = find_saved_modules(model, config.modules_to_save, [site.name for site in sites])
-        saved = {path: trainable_copy(model.get_submodule(path)) for path in paths}
+        saved = trainable_copies(model, paths)
         parameters = trainable_parameters(model, config.trained_parameters(model), paths)
         return cls(config, [(site, config.build(model, site)) for site in sites], saved, parameters)
 

@@ -1,0 +1,37 @@
+"""Copies of the base model's modules and parameters, for an adapter to train in their place."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from fast_prompt.tuning.adapters import is_within
+from fast_prompt.tuning.precision import check_castable, trained_dtype, widen
+
+
+def trainable_copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
+    """Copies of the modules at ``paths`` whose floating parameters all train, those of half precision in float32.
+
+    What the modules share, their copies share.
+
+    Raises:
+        ValueError: a forward cannot be replaced by one that casts.
+    """
+    memo: dict[int, Any] = {}
+    check_castable(model, (path for path, _ in model.named_modules() if is_within(path, paths)))
+    copies = {path: copy.deepcopy(model.get_submodule(path), memo) for path in paths}
+    duplicates = nn.ModuleList(copies.values())
+    widen(duplicates)
+    for parameter in duplicates.parameters():
+        parameter.requires_grad_(parameter.dtype.is_floating_point or parameter.dtype.is_complex)
+    return copies
+
+
+def trainable_parameters(model: nn.Module, names: list[str], saved: list[str]) -> dict[str, nn.Parameter]:
+    """Trainable copies of the model's parameters ``names``, but for those in modules of which all is ``saved``.
+
+    Those of half precision are copied in float32.
+    """
+    chosen = {name: model.get_parameter(name) for name in names if not is_within(name, saved)}
+    check_castable(model, (name.rpartition(".")[0] for name in chosen))
+    return {name: nn.Parameter(own.detach().to(trained_dtype(own.dtype), copy=True)) for name, own in chosen.items()}
