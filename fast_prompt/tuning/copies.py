@@ -15,8 +15,9 @@ def trainable_copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]
     What the modules share, their copies share.
 
     Raises:
-        ValueError: a forward cannot be replaced by one that casts.
+        ValueError: a parameter in them is tied to one outside, or a forward cannot be replaced by one that casts.
     """
+    check_ties(model, paths)
     memo: dict[int, Any] = {}
     check_castable(model, (path for path, _ in model.named_modules() if is_within(path, paths)))
     copies = {path: copy.deepcopy(model.get_submodule(path), memo) for path in paths}
@@ -25,6 +26,22 @@ def trainable_copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]
     for parameter in duplicates.parameters():
         parameter.requires_grad_(parameter.dtype.is_floating_point or parameter.dtype.is_complex)
     return copies
+
+
+def check_ties(model: nn.Module, paths: list[str]) -> None:
+    """Raise a ValueError if a parameter of the modules at ``paths`` is also one of a module elsewhere."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        inside = [name for name in tied if is_within(name, paths)]
+        outside = [name for name in tied if name not in inside]
+        if inside and outside:
+            raise ValueError(
+                f"modules_to_save: {inside[0]!r} is tied to {', '.join(outside)}: one parameter, of which a copy would "
+                "leave the others behind. Name all of their modules, which then train as one; or untie them before "
+                "you adapt the model (load it with tie_word_embeddings=False)"
+            )
 
 
 def trainable_parameters(model: nn.Module, names: list[str], saved: list[str]) -> dict[str, nn.Parameter]:

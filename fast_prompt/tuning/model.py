@@ -286,6 +286,22 @@ class FastPromptModel(nn.Module):
             module.training = state.training.get(name, module.training)
         return self
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *others: Any, **options: Any) -> Any:
+        """The input embeddings, where nothing is to change.
+
+        Raises:
+            RuntimeError: another size is asked for; ``transformers`` would change the base, which ``revert()`` gives
+                back as it was, and not the adapters' copies at rest.
+        """
+        model: Any = self
+        embeddings = model.get_input_embeddings()
+        if others or options or new_num_tokens not in (None, len(embeddings.weight)):
+            raise RuntimeError(
+                f"resize_token_embeddings: the model has adapters ({', '.join(self.adapter_configs)}), made for "
+                f"{len(embeddings.weight)} tokens; resize before you adapt it, or after revert()"
+            )
+        return embeddings
+
     # Counting
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
