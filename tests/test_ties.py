@@ -116,12 +116,15 @@ def test_an_adapted_model_keeps_its_number_of_tokens(base):
     assert model(**inputs).logits.shape[-1] == 52
 
 
-def test_an_untied_head_trains_alone():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=False)).eval()
+def test_a_head_that_was_untied_as_the_message_says_trains_alone():
+    model, inputs = build("llama")
+    expected = model(**inputs).logits
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
     get_fast_prompt_model(model, config_for("APT", "llama", ["lm_head"]))
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
     head = model.lm_head.weight
     model.tie_weights()
     assert model.lm_head.weight is head
+    assert torch.equal(model.revert()(**inputs).logits, expected)

@@ -40,7 +40,7 @@ def check_ties(model: nn.Module, paths: list[str]) -> None:
             raise ValueError(
                 f"modules_to_save: {inside[0]!r} is tied to {', '.join(outside)}: one parameter, of which a copy would "
                 "leave the others behind. Name all of their modules, which then train as one; or untie them before "
-                "you adapt the model (load it with tie_word_embeddings=False)"
+                "you adapt the model: give each a Parameter of its own, and set config.tie_word_embeddings to False"
             )
 
 
