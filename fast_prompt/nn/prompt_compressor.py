@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.nn.offload import read
 from fast_prompt.ops.prompt_compress import prompt_compress
 from fast_prompt.reference.prompt_compress import FORMS
 
@@ -82,13 +83,15 @@ class PromptCompressor(nn.Module):
         Returns:
             [B, m, d], dtype of ``query`` (the autocast dtype under autocast); 0 where a sample is padding alone.
         """
+        key_weight, key_bias = read(self.k_proj, "weight", "bias")
+        value_weight, value_bias = read(self.v_proj, "weight", "bias")
         compressed = prompt_compress(
             self.q_proj(query),
             visual,
-            self.k_proj.weight,
-            self.v_proj.weight,
-            self.k_proj.bias,
-            self.v_proj.bias,
+            key_weight,
+            value_weight,
+            key_bias,
+            value_bias,
             num_heads=self.num_heads,
             key_padding_mask=key_padding_mask,
             dropout_p=self.dropout if self.training else 0.0,

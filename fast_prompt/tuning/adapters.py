@@ -99,8 +99,8 @@ class SavedModules(nn.Module):
 
 
 def resting_key(adapter: str | None, path: str) -> str:
-    """A child's name: dots are not allowed, and no adapter's name holds a colon."""
-    return f"{adapter or ''}:{path.replace('.', '/')}"
+    """A child's name: dots are not allowed, no adapter's name holds ``=``, and any file's may (of weights on disk)."""
+    return f"{adapter or ''}={path.replace('.', '=')}"
 
 
 def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from fast_prompt.nn.offload import with_values
 from fast_prompt.tuning.adapters import (
     FOLDED_CHILD,
     SAVED,
@@ -193,6 +194,7 @@ class FastPromptModel(nn.Module):
         """
         self._refuse_while_folded("switch adapters")
         self._check_known(adapter_name)
+        self._refuse_while_offloaded()
         self._fast_prompt.active = adapter_name
         for name in self._fast_prompt.configs:
             for part in self._parts(name).values():
@@ -244,6 +246,7 @@ class FastPromptModel(nn.Module):
         self._enable(True)
 
     def _enable(self, enabled: bool) -> None:
+        self._refuse_while_offloaded()
         self._fast_prompt.enabled = enabled
         self._use_active()
 
@@ -267,6 +270,7 @@ class FastPromptModel(nn.Module):
             RuntimeError: the model is compacted.
         """
         self._refuse_if_compacted("revert")
+        self._refuse_while_offloaded()
         self.unfold()
         state = self._fast_prompt
         state.enabled = False
@@ -356,7 +360,7 @@ class FastPromptModel(nn.Module):
             values = self._fast_prompt.configs[name].to_dict() | describe_base(
                 base_class(self), getattr(self, "config", None)
             )
-            tensors = tensors_of(self._parts(name)) if state_dict is None else self._gathered(name, state_dict)
+            tensors = self.get_adapter_state_dict(name) if state_dict is None else self._gathered(name, state_dict)
             write_atomically({target / WEIGHTS_NAME: tensor_bytes(tensors), target / CONFIG_NAME: config_bytes(values)})
         if TRAINER_CHECKPOINT.fullmatch(directory.name):
             _link(directory / WEIGHTS_NAME, directory / TRAINER_WEIGHTS_NAME)
@@ -394,12 +398,14 @@ class FastPromptModel(nn.Module):
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """The tensors of an adapter, by default of the one in use, named as in its file; the very ones that train.
 
+        Those that accelerate keeps elsewhere come from there.
+
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: there is no such adapter, or it is on the meta device and has no values.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._check_known(name)
-        return tensors_of(self._parts(name))
+        return with_values(self, tensors_of(self._parts(name)))
 
     def load_adapter(
         self, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool | None = None
@@ -468,7 +474,7 @@ class FastPromptModel(nn.Module):
             the model itself.
 
         Raises:
-            RuntimeError: the model is in training mode, or its adapters are disabled.
+            RuntimeError: the model is in training mode, its adapters are disabled, or weights are not there.
             ValueError: an attention cannot be folded exactly (the message says which and why), or the adapter holds
                 NaN or infinity. Nothing has changed then.
         """
@@ -476,6 +482,10 @@ class FastPromptModel(nn.Module):
             return self
         if any(module.training for module in self.modules()):
             raise RuntimeError("fold: folding is for inference; call model.eval() first")
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise RuntimeError(
+                "fold: weights are on the meta device, as accelerate's offloading leaves them; bring them"
+            )
         state = self._fast_prompt
         if not state.enabled:
             raise RuntimeError("fold: the adapters are disabled here")
@@ -616,7 +626,10 @@ class FastPromptModel(nn.Module):
         """An adapter's tensors out of a whole model's state, named as in its file."""
         own = {id(value): key for key, value in self.state_dict(keep_vars=True).items()}
         parts = self._parts(name).items()
-        return {key: state_dict[own[id(value)]] for prefix, part in parts for key, value in tensors_in(prefix, part)}
+        gathered = {
+            key: state_dict[own[id(value)]] for prefix, part in parts for key, value in tensors_in(prefix, part)
+        }
+        return with_values(self, gathered)
 
     def _adapters(self, site: Site) -> SiteAdapters:
         adapters = getattr(self.get_submodule(site.host), site.child)
@@ -640,6 +653,14 @@ class FastPromptModel(nn.Module):
     def _refuse_while_folded(self, action: str) -> None:
         if self.is_folded:
             raise RuntimeError(f"the model is folded, for inference only: call unfold() before you {action}")
+
+    def _refuse_while_offloaded(self) -> None:
+        """No parameter of the base is swapped that accelerate would put back at the next call."""
+        if hasattr(self, SAVED_PARAMETERS) and self._saved_parameters().is_offloaded(self):
+            raise RuntimeError(
+                "accelerate keeps parameters of the base that an adapter trains elsewhere, and would put the wrong "
+                "ones back: take its hooks off (accelerate.hooks.remove_hook_from_submodules), then offload again"
+            )
 
     def _refuse_if_compacted(self, action: str) -> None:
         dropped = self._fast_prompt.dropped

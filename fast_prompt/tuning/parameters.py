@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from fast_prompt.nn.offload import is_offloaded
 from fast_prompt.tuning.adapters import resting_key
 from fast_prompt.tuning.precision import cast_forward_to, restore_cast_forward
 
@@ -64,6 +65,11 @@ class SavedParameters(nn.Module):
             for holder, leaf in self._holders(model, name):
                 if own.dtype != getattr(holder, leaf).dtype:
                     cast_forward_to(holder, own.dtype)
+
+    def is_offloaded(self, model: nn.Module) -> bool:
+        """Whether accelerate keeps some of what is in a place, or was there, elsewhere."""
+        holders = (holder for name in self.placed for holder, _ in self._holders(model, name))
+        return any(is_offloaded(module) for module in (self.resting, *holders))
 
     def _holders(self, model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
         """The modules that hold a parameter, with its name in each."""

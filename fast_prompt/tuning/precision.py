@@ -4,7 +4,7 @@ A module whose own parameters became float32 runs under autocast in the dtype th
 dtype; its neighbours see no difference.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,12 +66,10 @@ def cast_forward(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: A
     return tree_map_only(Tensor, lambda each: each.to(base.dtype) if each.dtype == torch.float32 else each, result)
 
 
-def check_castable(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise a ValueError unless the modules at ``paths`` that hold half precision can be made to cast."""
-    for path in paths:
-        module = model.get_submodule(path)
-        if half_parameters(module) and not is_replaceable(module):
-            raise ValueError(
-                f"{path}: a float32 copy of it would train, but its forward was already replaced by something else, "
-                "which knows of no cast; undo that first"
-            )
+def check_castable(module: nn.Module, path: str) -> None:
+    """Raise a ValueError that names ``path`` if ``module`` holds half precision and cannot be made to cast."""
+    if half_parameters(module) and not is_replaceable(module):
+        raise ValueError(
+            f"{path}: a float32 copy of it would train, but its forward was already replaced by something else, which "
+            "knows of no cast; undo that first"
+        )

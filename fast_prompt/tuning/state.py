@@ -141,9 +141,20 @@ def listing(names: list[str]) -> str:
 
 
 def copy_into(parts: Parts, tensors: dict[str, Tensor]) -> None:
-    """Copy checked ``tensors`` into the parts' own, in place, so that optimizers keep their parameters."""
+    """Copy checked ``tensors`` into the parts' own, in place, so that optimizers keep their parameters.
+
+    Raises:
+        ValueError: a part is on the meta device, where values are lost; nothing has been copied then.
+    """
+    own = tensors_of(parts)
+    absent = [name for name, value in own.items() if value.is_meta]
+    if absent:
+        raise ValueError(
+            f"{listing(absent)}: on the meta device, where an adapter's values would be lost; load the base's weights "
+            "first, or take accelerate's hooks off (accelerate.hooks.remove_hook_from_submodules)"
+        )
     with torch.no_grad():
-        for name, value in tensors_of(parts).items():
+        for name, value in own.items():
             value.copy_(tensors[name])
 
 
