@@ -46,12 +46,12 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def offloaded(checkpoint, tmp_path) -> Callable[[], nn.Module]:
+def offloaded(checkpoint, tmp_path) -> Callable[..., nn.Module]:
     """Makes the base with two of its blocks on disk."""
 
-    def load() -> nn.Module:
-        folder = tmp_path / "weights"
-        return BertForSequenceClassification.from_pretrained(checkpoint, device_map=MAP, offload_folder=folder).eval()
+    def load(dtype: torch.dtype = torch.float32) -> nn.Module:
+        options = {"device_map": MAP, "offload_folder": tmp_path / "weights", "dtype": dtype}
+        return BertForSequenceClassification.from_pretrained(checkpoint, **options).eval()
 
     return load
 
@@ -92,18 +92,28 @@ def test_adapters_of_an_offloaded_base_are_real(offloaded, tmp_path, name):
         torch.testing.assert_close(loaded(**text_inputs()).logits, base()(**text_inputs()).logits)
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+# Accelerate's ways to keep weights elsewhere, each called with a model and a folder.
+WAYS = {
+    "cpu": lambda model, folder: accelerate.cpu_offload(model, execution_device="cpu"),
+    "disk": lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
+    "some on disk": lambda model, folder: accelerate.dispatch_model(
+        model,
+        dict.fromkeys([name for name, _ in model.named_children() if name != "bert"], "cpu") | MAP,
+        main_device="cpu",
+        offload_dir=folder,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [*CONFIGS, "DVP and norms"])
-def test_adapters_that_are_offloaded_themselves_arrive_and_are_saved(tmp_path, name, where):
+def test_adapters_that_are_offloaded_themselves_arrive_and_are_saved(tmp_path, name, way):
     config = CONFIGS.get(name, NORMS)
     model = adapt(base(), config)
     model.add_adapter("second", APTConfig(num_prompts=2, modules_to_save=["classifier"]))
     expected = logits(model)
     state = {key: value.detach().clone() for key, value in model.get_adapter_state_dict().items()}
-    if where == "cpu":
-        accelerate.cpu_offload(model, execution_device="cpu")
-    else:
-        accelerate.disk_offload(model, tmp_path / "weights", execution_device="cpu")
+    WAYS[way](model, tmp_path / "weights")
     assert on_meta(model)
     torch.testing.assert_close(logits(model), expected)
     found = model.get_adapter_state_dict()
@@ -116,6 +126,16 @@ def test_adapters_that_are_offloaded_themselves_arrive_and_are_saved(tmp_path, n
     with pytest.raises(RuntimeError, match="^fold: weights are on the meta device"):
         model.fold()
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_head_of_an_offloaded_half_precision_base_trains_in_float32(offloaded):
+    whole = adapt(base().bfloat16(), CONFIGS["APT and a head"])
+    model = adapt(offloaded(torch.bfloat16), CONFIGS["APT and a head"])
+    for each in (whole, model):
+        with torch.no_grad():
+            each.classifier.weight.add_(1e-4)
+    assert model.classifier.weight.dtype == torch.float32
+    assert torch.equal(logits(model), logits(whole))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -50,21 +50,23 @@ def with_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     Raises:
         ValueError: one is on the meta device and has no value anywhere; the message names it.
     """
+    if not any(value.is_meta for value in tensors.values()):
+        return dict(tensors)
     holders = {
         id(value): (module, name)
         for module in model.modules()
         for name, value in (*module._parameters.items(), *module._buffers.items())
     }
-    nowhere: tuple[nn.Module | None, str] = (None, "")
-    values = {
-        key: _kept(*holders.get(id(value), nowhere)) if value.is_meta else value for key, value in tensors.items()
-    }
-    absent = [key for key, value in values.items() if value is None]
-    if absent:
-        raise ValueError(f"{absent[0]}: it is on the meta device, and has no value")
-    return {key: value.to(tensors[key].dtype) for key, value in values.items() if value is not None}
+    values = dict(tensors)
+    for key, value in tensors.items():
+        if value.is_meta:
+            kept = _kept(*holders[id(value)]) if id(value) in holders else None
+            if kept is None:
+                raise ValueError(f"{key}: it is on the meta device, and has no value")
+            values[key] = kept.to(value.dtype)
+    return values
 
 
-def _kept(module: nn.Module | None, name: str) -> Tensor | None:
+def _kept(module: nn.Module, name: str) -> Tensor | None:
     maps = (getattr(hook, "weights_map", None) for hook in _hooks(module))
-    return next((each[name] for each in maps if each is not None), None)
+    return next((each.get(name) for each in maps if each is not None), None)
