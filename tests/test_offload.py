@@ -215,6 +215,20 @@ def test_values_are_not_lost_on_the_meta_device(tmp_path, name):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("name", [*CONFIGS, "DVP and norms"])
+def test_shapes_are_computed_on_the_meta_device(name):
+    """As the base computes them, which looks into a mask if there is one."""
+    inputs = {"input_ids": text_inputs()["input_ids"]} | ({"visual_embeds": VISUAL} if "DVP" in name else {})
+    whole = adapt(base(), CONFIGS.get(name, NORMS))
+    model = adapt(base().to("meta"), CONFIGS.get(name, NORMS))
+    expected = whole(**inputs).logits
+    found = model(**{key: value.to("meta") for key, value in inputs.items()}).logits
+    assert found.is_meta
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    found.sum().backward()
+    assert model.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters()
+
+
 def test_a_norm_that_lives_on_in_its_adapter_is_brought():
     """LLaMA's: an offloaded block's norm is where the skipped block's adapter starts from."""
     torch.manual_seed(0)
