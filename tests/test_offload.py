@@ -105,8 +105,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [*CONFIGS, "DVP and norms"])
+# Every config one way, and every way with what there is of hooks: a learned scale, copies in place, two methods.
+CASES = [(name, "cpu") for name in (*CONFIGS, "DVP and norms")]
+CASES += [("DAS", "disk"), ("DVP and norms", "disk"), ("DVP and APT", "some on disk")]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_adapters_that_are_offloaded_themselves_arrive_and_are_saved(tmp_path, name, way):
     config = CONFIGS.get(name, NORMS)
     model = adapt(base(), config)

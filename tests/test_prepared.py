@@ -126,8 +126,7 @@ def test_a_prepared_model_itself_is_not_adapted_unseen(accelerator, name, first)
     assert_same(before, snapshot(prepared))
 
 
-@pytest.mark.parametrize("name", [*ITSELF, *WITHIN])
-@pytest.mark.parametrize("first", ITSELF)
+@pytest.mark.parametrize(("first", "name"), [("DVP", name) for name in CONFIGS] + [("DVP and APT", "DVP and a head")])
 def test_adapters_come_later_where_accelerate_keeps_a_forward_of_ours(accelerator, first, name):
     prepared = accelerator.prepare(adapt(base(), CONFIGS[first]))
     torch.manual_seed(2)
