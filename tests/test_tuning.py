@@ -312,6 +312,20 @@ def test_what_one_adapter_trains_may_lie_within_what_another_trains(name, revers
     assert_same(before, snapshot(model.revert()))
 
 
+@pytest.mark.parametrize("second", [APT, DVPConfig(layer=1, visual_width=16)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_one_adapter_adapts_does_not_lie_within_a_module_that_another_trains(second, reverse):
+    """A copy of the block would hold the other adapter, or lack it."""
+    model, inputs = build_language_model("bert_classifier")
+    whole = APTConfig(num_prompts=2, modules_to_save=["encoder.layer.2"], target_modules=["layer.0.attention"])
+    configs = [second, whole] if reverse else [whole, second]
+    get_fast_prompt_model(model, configs[0], "first")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.2.* the adapter 'first' "):
+        model.add_adapter("second", configs[1])
+    assert_same(before, snapshot(model))
+
+
 def test_a_deep_copy_is_whole_and_apart():
     model, inputs = adapted(APT_HEAD)
     output = run(model, inputs)

@@ -30,6 +30,7 @@ from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
 from fast_prompt.tuning.config import CONFIG_NAME, WEIGHTS_NAME, MethodConfig, config_bytes
 from fast_prompt.tuning.files import read_json, read_tensors, tensor_bytes, write_atomically
+from fast_prompt.tuning.overlap import check_apart_from
 from fast_prompt.tuning.parameters import SavedParameters
 from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
@@ -609,7 +610,12 @@ class FastPromptModel(nn.Module):
             raise ValueError(f"adapter_name: {name!r} exists already")
         check_skips(config, self, self._fast_prompt.dropped)
         with self._disabled():
-            return Draft.build(self, config)
+            draft = Draft.build(self, config)
+        state = self._fast_prompt
+        copies = {name: self._saved().of(self, name) for name in state.configs} if hasattr(self, SAVED) else {}
+        saved_by = {path: name for name, theirs in copies.items() for path in theirs}
+        check_apart_from([site for site, _ in draft.sites], list(draft.saved), state.sites, saved_by)
+        return draft
 
     def _parts(self, name: str) -> Parts:
         """Everything of an adapter, under the prefix of its tensors' names in a file."""
