@@ -202,6 +202,24 @@ def test_what_is_offloaded_has_no_copy_that_trains(offloaded, config, path):
     assert type(model) is BertForSequenceClassification
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_that_are_brought_whole_are_adapted_before_and_not_after(tmp_path, name):
+    """Accelerate brings their weights by a list, made when it is told to (``preload_module_classes``)."""
+    model = base()
+    accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=["BertLayer"])
+    with pytest.raises(
+        ValueError, match=r"accelerate (brings the weights of 'bert\.encoder|keeps its weights elsewhere)"
+    ):
+        get_fast_prompt_model(model, CONFIGS[name])
+    assert type(model) is BertForSequenceClassification
+    model = adapt(base(), CONFIGS[name])
+    expected, state = logits(model), model.get_adapter_state_dict()
+    state = {key: value.detach().clone() for key, value in state.items()}
+    accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=["BertLayer"])
+    torch.testing.assert_close(logits(model), expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.get_adapter_state_dict().items())
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, "DVP and norms"])
 def test_values_are_not_lost_on_the_meta_device(tmp_path, name):
     """A base without weights may be adapted, to be counted; nothing is loaded into it, nor saved."""

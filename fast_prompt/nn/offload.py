@@ -3,7 +3,7 @@
 Meanwhile the module's own are on the meta device. Accelerate is never imported: what it leaves on a module says enough.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,21 @@ def _hooks(module: nn.Module | None) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether the module's own weights are elsewhere until it is called."""
-    return any(getattr(hook, "offload", False) for hook in _hooks(module))
+def is_offloaded(model: nn.Module, path: str) -> bool:
+    """Whether the own weights of the module at ``path`` are elsewhere until it is called, or what it lies within."""
+    own = any(getattr(hook, "offload", False) for hook in _hooks(model.get_submodule(path)))
+    return own or brought_with(model, path) is not None
+
+
+def brought_with(model: nn.Module, path: str) -> str | None:
+    """Path of what accelerate brings whole (``preload_module_classes``), the module at ``path`` with it; or None."""
+    parts = path.split(".") if path else []
+    within = [".".join(parts[:number]) for number in range(len(parts) + 1)]
+    return next((each for each in within if any(map(_brings_all, _hooks(model.get_submodule(each))))), None)
+
+
+def _brings_all(hook: Any) -> bool:
+    return getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -52,21 +64,24 @@ def with_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     """
     if not any(value.is_meta for value in tensors.values()):
         return dict(tensors)
-    holders = {
-        id(value): (module, name)
+    places = {
+        id(value): (hook, name)
         for module in model.modules()
-        for name, value in (*module._parameters.items(), *module._buffers.items())
+        for hook in _hooks(module)
+        for name, value in _brought_by(hook, module)
     }
     values = dict(tensors)
     for key, value in tensors.items():
         if value.is_meta:
-            kept = _kept(*holders[id(value)]) if id(value) in holders else None
-            if kept is None:
+            if id(value) not in places:
                 raise ValueError(f"{key}: it is on the meta device, and has no value")
-            values[key] = kept.to(value.dtype)
+            hook, name = places[id(value)]
+            values[key] = hook.weights_map[name].to(value.dtype)
     return values
 
 
-def _kept(module: nn.Module, name: str) -> Tensor | None:
-    maps = (getattr(hook, "weights_map", None) for hook in _hooks(module))
-    return next((each.get(name) for each in maps if each is not None), None)
+def _brought_by(hook: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if getattr(hook, "offload", False):
+        recurse = _brings_all(hook)
+        yield from module.named_parameters(recurse=recurse)
+        yield from module.named_buffers(recurse=recurse)

@@ -34,13 +34,12 @@ def trainable_copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]
 def _check_holders(model: nn.Module, paths: Iterable[str]) -> None:
     """The modules at ``paths`` can take other parameters, and cast them; ValueError names one that cannot."""
     for path in paths:
-        module = model.get_submodule(path)
-        if is_offloaded(module):
+        if is_offloaded(model, path):
             raise ValueError(
                 f"{path}: accelerate keeps its weights elsewhere and puts them back at every call, so that no copy can "
                 "train in their place; keep the module on a device (device_map), or train nothing of it"
             )
-        check_castable(module, path)
+        check_castable(model.get_submodule(path), path)
 
 
 def check_ties(model: nn.Module, paths: list[str]) -> None:

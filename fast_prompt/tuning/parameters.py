@@ -3,7 +3,7 @@
 from torch import nn
 
 from fast_prompt.nn.offload import is_offloaded
-from fast_prompt.tuning.adapters import resting_key
+from fast_prompt.tuning.adapters import SAVED_PARAMETERS, resting_key
 from fast_prompt.tuning.precision import cast_forward_to, restore_cast_forward
 
 
@@ -68,8 +68,8 @@ class SavedParameters(nn.Module):
 
     def is_offloaded(self, model: nn.Module) -> bool:
         """Whether accelerate keeps some of what is in a place, or was there, elsewhere."""
-        holders = (holder for name in self.placed for holder, _ in self._holders(model, name))
-        return any(is_offloaded(module) for module in (self.resting, *holders))
+        places = {place.rpartition(".")[0] for name in self.placed for place in self.places[name]}
+        return any(is_offloaded(model, path) for path in (f"{SAVED_PARAMETERS}.resting", *places))
 
     def _holders(self, model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
         """The modules that hold a parameter, with its name in each."""

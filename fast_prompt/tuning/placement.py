@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fast_prompt.nn.offload import execution_device
+from fast_prompt.nn.offload import brought_with, execution_device
 
 
 def placement(model: nn.Module, path: str) -> dict[str, Any]:
@@ -14,7 +14,16 @@ def placement(model: nn.Module, path: str) -> dict[str, Any]:
 
     The device is the one that the module computes on, also where accelerate keeps its weights elsewhere; where it has
     none left, one of the model's. The dtype is float32, or float64 in a float64 model.
+
+    Raises:
+        ValueError: accelerate brings the weights there by a list that would lack the new ones.
     """
+    whole = brought_with(model, path)
+    if whole is not None:
+        raise ValueError(
+            f"{path}: accelerate brings the weights of {whole!r} as a whole (preload_module_classes), by a list that "
+            "lacks an adapter's; adapt the model first, and offload it then"
+        )
     near = [model.get_submodule(path), model]
     first = next(parameter for module in near for parameter in module.parameters())
     device = next((device for module in near for device in _devices(module)), first.device)
