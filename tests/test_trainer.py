@@ -116,6 +116,23 @@ def test_bfloat16_and_gradient_checkpointing(tmp_path):
     assert all(not torch.equal(before[name], value) for name, value in state(model).items())
 
 
+def test_revert_after_mixed_precision_gives_the_base(tmp_path):
+    """``Trainer`` leaves accelerate's forward on the model, which holds on to DVP's."""
+    model, inputs = build_language_model("bert_classifier")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    data = [
+        {"input_ids": ids, "visual_embeds": torch.randn(4, 16), "labels": torch.tensor(1)}
+        for ids in inputs["input_ids"]
+    ]
+    get_fast_prompt_model(model, DVPConfig(layer=1, visual_width=16))
+    run = trainer(model, tmp_path, bf16=True, num_train_epochs=1, save_strategy="no", eval_strategy="no")
+    run.train_dataset = data
+    run.train()
+    with torch.no_grad():
+        torch.testing.assert_close(model.revert().eval()(**inputs).logits, expected, rtol=0.05, atol=0.05)
+
+
 def test_without_a_head_only_the_adapter_moves(tmp_path):
     model = adapted(APTConfig(num_prompts=3))
     head = model.classifier.weight.clone()

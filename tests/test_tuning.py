@@ -4,10 +4,20 @@ import copy
 
 import pytest
 import torch
-from tiny_models import MODELS, assert_same, bert_classifier, build, image_inputs, run, snapshot, stir
+from tiny_models import (
+    MODELS,
+    assert_same,
+    bert_classifier,
+    build,
+    build_language_model,
+    image_inputs,
+    run,
+    snapshot,
+    stir,
+)
 from torch import nn
 
-from fast_prompt.methods import APTConfig
+from fast_prompt.methods import APTConfig, DVPConfig
 from fast_prompt.tuning import FastPromptModel, get_fast_prompt_model
 
 APT = APTConfig(num_prompts=3)
@@ -259,6 +269,61 @@ def test_revert_restores_heads_that_were_trained():
     assert model.classifier is head
     assert_same(before, snapshot(model))
     assert torch.equal(run(model, inputs), output)
+
+
+OVERLAPPING = {
+    "a module and a parameter in it": [
+        APTConfig(num_prompts=2, modules_to_save=["classifier"]),
+        DVPConfig(layer=1, visual_width=16, train_base="full"),
+    ],
+    "a module and one in it": [
+        APTConfig(num_prompts=2, modules_to_save=["pooler"]),
+        APTConfig(num_prompts=2, modules_to_save=["pooler.dense", "classifier"]),
+    ],
+    "a module in another's copy": [
+        APTConfig(num_prompts=2, modules_to_save=["encoder.layer.2"], target_modules=["layer.0.attention"]),
+        APTConfig(num_prompts=2, modules_to_save=["intermediate"], target_modules=["layer.0.attention"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_one_adapter_trains_may_lie_within_what_another_trains(name, reverse):
+    model, _ = build_language_model("bert_classifier")
+    before = snapshot(model)
+    configs = dict(zip(("first", "second"), OVERLAPPING[name][:: -1 if reverse else 1], strict=True))
+    get_fast_prompt_model(model, configs["first"], "first")
+    model.add_adapter("second", configs["second"])
+    expected = {}
+    for value, adapter in enumerate(configs, 2):
+        model.set_adapter(adapter)
+        with torch.no_grad():
+            for parameter in trainable(model):
+                model.get_parameter(parameter).fill_(value)
+        expected[adapter] = trainable(model)
+    for adapter in ("first", "second", "second", "first"):
+        model.set_adapter(adapter)
+        value = 2 + list(configs).index(adapter)
+        assert trainable(model) == expected[adapter]
+        assert all((each == value).all() for each in model.get_adapter_state_dict().values() if each.requires_grad)
+        with model.disable_adapter():
+            assert all(torch.equal(before["state"][key], model.state_dict()[key]) for key in before["state"])
+    assert_same(before, snapshot(model.revert()))
+
+
+@pytest.mark.parametrize("second", [APT, DVPConfig(layer=1, visual_width=16)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_one_adapter_adapts_does_not_lie_within_a_module_that_another_trains(second, reverse):
+    """A copy of the block would hold the other adapter, or lack it."""
+    model, inputs = build_language_model("bert_classifier")
+    whole = APTConfig(num_prompts=2, modules_to_save=["encoder.layer.2"], target_modules=["layer.0.attention"])
+    configs = [second, whole] if reverse else [whole, second]
+    get_fast_prompt_model(model, configs[0], "first")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.2.* the adapter 'first' "):
+        model.add_adapter("second", configs[1])
+    assert_same(before, snapshot(model))
 
 
 def test_a_deep_copy_is_whole_and_apart():

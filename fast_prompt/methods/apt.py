@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fast_prompt.models import AttentionSite, find_attention_sites
@@ -15,6 +14,7 @@ from fast_prompt.nn import FoldedPromptDiffusion, PromptDiffusion, checks
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 from fast_prompt.tuning.config import MethodConfig, check_names
+from fast_prompt.tuning.placement import placement
 from fast_prompt.tuning.site import FoldedSite, Site
 
 
@@ -67,8 +67,7 @@ class APTConfig(MethodConfig):
         return find_attention_sites(model, self.target_modules)
 
     def build(self, model: nn.Module, site: Site) -> PromptDiffusion:
-        """A new ``PromptDiffusion`` on the device of the site's weights; float32, or float64 in a float64 model."""
-        weight = next(model.get_submodule(site.name).parameters())
+        """A new ``PromptDiffusion`` where the site computes; float32, or float64 in a float64 model."""
         return PromptDiffusion(
             site.width,
             self.num_prompts,
@@ -77,8 +76,7 @@ class APTConfig(MethodConfig):
             row_weight=self.row_weight,
             dropout=self.dropout,
             learn_scale=self.learn_scale,
-            device=weight.device,
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            **placement(model, site.name),
         )
 
     def fold(self, model: nn.Module, site: Site, adapter: nn.Module) -> FoldedSite:

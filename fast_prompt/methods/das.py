@@ -10,10 +10,12 @@ from torch import nn
 from fast_prompt.models.blocks import Block, BlockSite, find_blocks, resolve
 from fast_prompt.models.skip import BlockSkip
 from fast_prompt.nn import SkipAdapter, checks
+from fast_prompt.nn.offload import read
 from fast_prompt.nn.skip_adapter import check_experts, check_options
 from fast_prompt.tuning.combination import CombinedConfig
 from fast_prompt.tuning.config import MethodConfig
 from fast_prompt.tuning.model import FastPromptModel
+from fast_prompt.tuning.placement import placement
 from fast_prompt.tuning.site import Site
 
 # The norm of adapters whose architecture does not settle it.
@@ -112,15 +114,14 @@ class DASConfig(MethodConfig):
         return sites
 
     def build(self, model: nn.Module, site: Site) -> SkipAdapter:
-        """A new adapter on the device of the block's weights; float32, or float64 in a float64 model."""
+        """A new adapter where the block computes; float32, or float64 in a float64 model."""
         assert isinstance(site, BlockSite)
-        place, weight = site.place, _weight_near(model, site.block)
+        place = site.place
         settings: dict[str, Any] = {
             "norm": place.norm or self.norm or NORM,
             "residual": place.residual,
             "eps": _eps(model),
-            "device": weight.device,
-            "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            **placement(model, site.block.path),
         }
         settings |= {name: getattr(self, name) for name in ("activation", "dropout", "scale", "learn_scale", "init")}
         if not site.skips:
@@ -212,15 +213,6 @@ def _check_blocks(field: str, value: object) -> list[str | int]:
     return list(value)
 
 
-def _weight_near(model: nn.Module, block: Block) -> nn.Parameter:
-    """A parameter that says on which device the block is; it may have none left, or none yet."""
-    for module in (model.get_submodule(block.path), model):
-        found = next((parameter for parameter in module.parameters() if not parameter.is_meta), None)
-        if found is not None:
-            return found
-    return next(model.parameters())
-
-
 def _eps(model: nn.Module) -> float:
     """The eps of the model's RMSNorms, or LayerNorm's usual one."""
     found = (getattr(module, "variance_epsilon", None) for module in model.modules())
@@ -230,7 +222,7 @@ def _eps(model: nn.Module) -> float:
 @torch.no_grad()
 def _copy_norm(model: nn.Module, block: Block, adapter: BlockSkip) -> None:
     """Let the adapter's norm start as the block's, where that has weights."""
-    weight = getattr(model.get_submodule(f"{block.path}.{block.kind.norm}"), "weight", None)
+    (weight,) = read(model.get_submodule(f"{block.path}.{block.kind.norm}"), "weight")
     own = adapter.tensors().norm_weight
     if weight is not None and not weight.is_meta and own is not None:
         own.copy_(weight)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from fast_prompt.models.contract import check_forwards, check_model_forward
@@ -15,6 +14,7 @@ from fast_prompt.models.visual.prompter import POOLINGS, VisualPrompter
 from fast_prompt.nn import PromptCompressor, checks
 from fast_prompt.nn.adapter import BottleneckAdapter
 from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.placement import placement
 from fast_prompt.tuning.site import CHILD, Site
 
 
@@ -155,13 +155,9 @@ class DVPConfig(MethodConfig):
             raise ValueError(f"num_answers: expected a model without a head ({backbones}), got {type(model).__name__}")
 
     def build(self, model: nn.Module, site: Site) -> nn.Module:
-        """What belongs at ``site``, on the device of the weights there; float32, or float64 in a float64 model."""
+        """What belongs at ``site``, where that computes; float32, or float64 in a float64 model."""
         target = find_target(model)
-        near = site.host or target.blocks[self.layer]
-        weight = next(model.get_submodule(near).parameters(), None)
-        weight = next(model.get_submodule(target.blocks[0]).parameters()) if weight is None else weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        place: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        place = placement(model, site.host or target.blocks[self.layer])
         if site.forward is visual_forward:
             return self._prompter(target, place)
         if site.forward is answer_forward:

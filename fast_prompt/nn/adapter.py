@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.nn.offload import read
 from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.skip_adapter import skip_adapter
 
@@ -43,5 +44,6 @@ class BottleneckAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d] to [..., d], dtype of ``x`` (the autocast dtype under autocast)."""
         check_rows("x", x, self.down_proj.in_features)
-        down, up = self.down_proj, self.up_proj
-        return skip_adapter(x, down.weight, up.weight, down.bias, up.bias)
+        down_weight, down_bias = read(self.down_proj, "weight", "bias")
+        up_weight, up_bias = read(self.up_proj, "weight", "bias")
+        return skip_adapter(x, down_weight, up_weight, down_bias, up_bias)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.nn.offload import read
 from fast_prompt.ops.autocast import activation_dtype
 from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.prompt_compress import prompt_compress
@@ -89,13 +90,15 @@ class PromptCompressor(nn.Module):
         """
         check_rows("query", query, self.q_proj.in_features, 3)
         check_rows("visual", visual, self.k_proj.in_features, 3)
+        key_weight, key_bias = read(self.k_proj, "weight", "bias")
+        value_weight, value_bias = read(self.v_proj, "weight", "bias")
         compressed = prompt_compress(
             _project(self.q_proj, query, activation_dtype(query)),
             visual,
-            self.k_proj.weight,
-            self.v_proj.weight,
-            self.k_proj.bias,
-            self.v_proj.bias,
+            key_weight,
+            value_weight,
+            key_bias,
+            value_bias,
             num_heads=self.num_heads,
             key_padding_mask=key_padding_mask,
             dropout_p=self.dropout if self.training else 0.0,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fast_prompt.nn import checks
 from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS, prompt_diffusion
+from fast_prompt.reference.autocast import without_autocast
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
 
@@ -90,7 +91,7 @@ class PromptDiffusion(nn.Module):
 
     def keys(self) -> Tensor:
         """The prompts' keys [p, d], in the parameters' own dtype under autocast too."""
-        with torch.autocast(self.prompts.device.type, enabled=False):
+        with without_autocast(self.prompts.device):
             return self.prompts + (self.prompts @ self.key_down.t()) @ self.key_up.t()
 
     def forward(self, hidden: Tensor, source: Tensor) -> Tensor:

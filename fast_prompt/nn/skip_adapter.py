@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import checks
+from fast_prompt.nn.offload import read
 from fast_prompt.ops.autocast import activation_dtype
 from fast_prompt.ops.checks import check_rows
 from fast_prompt.ops.skip_adapter import skip_adapter
@@ -182,9 +183,11 @@ class SkipAdapter(nn.Module):
 
     def tensors(self) -> Adapter:
         """What ``fast_prompt.ops.skip_adapter`` takes after x: the parameters and the scale."""
-        norm_weight, norm_bias = getattr(self.norm, "weight", None), getattr(self.norm, "bias", None)
-        down, up = self.down_proj, self.up_proj
-        return Adapter(down.weight, up.weight, down.bias, up.bias, norm_weight, norm_bias, self.scale)
+        norm_weight, norm_bias = read(self.norm, "weight", "bias")
+        down_weight, down_bias = read(self.down_proj, "weight", "bias")
+        up_weight, up_bias = read(self.up_proj, "weight", "bias")
+        (scale,) = read(self, "scale")
+        return Adapter(down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale)
 
     def options(self) -> dict[str, Any]:
         """The op's options for a call now: dropout in training mode alone."""

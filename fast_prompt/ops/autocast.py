@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from fast_prompt.reference.autocast import has_autocast
+
 
 def activation_dtype(activation: Tensor) -> torch.dtype:
     """What autocast would make of a matrix product's operand; it leaves float64 alone."""
     device_type = activation.device.type
-    if torch.is_autocast_enabled(device_type) and activation.dtype != torch.float64:
+    if has_autocast(device_type) and torch.is_autocast_enabled(device_type) and activation.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return activation.dtype
 

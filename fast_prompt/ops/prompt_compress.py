@@ -12,6 +12,7 @@ from fast_prompt.ops import checks
 from fast_prompt.ops.autocast import activation_dtype, autocast
 from fast_prompt.ops.seeds import seed_tensor
 from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
+from fast_prompt.reference.autocast import without_autocast
 from fast_prompt.reference.prompt_compress import FORMS, optional_to, split_heads
 
 # What the absorbed form keeps for its backward pass is at most this part of the projected keys and values.
@@ -162,7 +163,7 @@ def _projected(
         # A sample of padding alone attends to its zeroed tokens, and its result is replaced by 0.
         empty = key_padding_mask.all(-1)
         mask = (~key_padding_mask | empty[:, None])[:, None, None, :]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         k = linear(visual, key_weight.to(query.dtype), optional_to(key_bias, query.dtype))
         v = linear(visual, value_weight.to(query.dtype), optional_to(value_bias, query.dtype))
         # Torch's attention makes garbage of a query whose elements overlap.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fast_prompt.reference.autocast import without_autocast
 from fast_prompt.reference.philox import dropout_mask
 
 FORMS = ("auto", "absorbed", "projected")
@@ -51,7 +52,7 @@ def prompt_compress(
     Source: "Adapting Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Prompting",
     arXiv 2306.00409, section 3.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         projections = (
             key_weight.to(wide),

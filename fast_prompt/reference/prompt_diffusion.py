@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fast_prompt.reference.autocast import without_autocast
 from fast_prompt.reference.philox import dropout_mask
 
 
@@ -41,7 +42,7 @@ def prompt_diffusion(
 
     Source: "Approximated Prompt Tuning for Vision-Language Pre-trained Models", arXiv 2306.15706, section 3.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         return _diffuse(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p, seed)
 
 

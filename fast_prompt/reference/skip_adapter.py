@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, relu, rms_norm, silu
 
+from fast_prompt.reference.autocast import without_autocast
 from fast_prompt.reference.philox import dropout_mask
 
 
@@ -73,7 +74,7 @@ def skip_adapter(
     adapters = apart(parameters.each(lambda parameter: parameter.to(wide)))
     keeps = dropout(x, down_weight, 1 if route is not None else len(adapters), dropout_p, seed)
     options: dict[str, Any] = {"norm": norm, "activation": activation, "residual": residual, "eps": eps}
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         rows = x.to(wide)
         expert_gates = None if gates is None else gates.to(wide)
         if route is not None:

@@ -1,11 +1,13 @@
 """Where named adapters live inside a model: at each site, and in place of the modules that train in full."""
 
-import copy
-
 from torch import Tensor, nn
 
 # The child that folded modules ask for their share of the merged weights.
 FOLDED_CHILD = "fast_prompt_folded"
+
+# The model's children that keep modules_to_save, and parameters that train, out of use.
+SAVED = "fast_prompt_modules"
+SAVED_PARAMETERS = "fast_prompt_parameters"
 
 
 class SiteAdapters(nn.ModuleDict):
@@ -97,16 +99,8 @@ class SavedModules(nn.Module):
 
 
 def resting_key(adapter: str | None, path: str) -> str:
-    """A child's name: dots are not allowed, and no adapter's name holds a colon."""
-    return f"{adapter or ''}:{path.replace('.', '/')}"
-
-
-def trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` whose floating parameters all train."""
-    duplicate = copy.deepcopy(module)
-    for parameter in duplicate.parameters():
-        parameter.requires_grad_(parameter.dtype.is_floating_point or parameter.dtype.is_complex)
-    return duplicate
+    """A child's name: dots are not allowed, no adapter's name holds ``=``, and any file's may (of weights on disk)."""
+    return f"{adapter or ''}={path.replace('.', '=')}"
 
 
 def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: list[str]) -> list[str]:
@@ -116,14 +110,16 @@ def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: li
         ValueError: a name fits no module, or one that holds an adapted module or is held by one.
     """
     paths: list[str] = []
+    everywhere = (path for path, _ in model.named_modules(remove_duplicate=False))
+    own = [path for path in everywhere if not is_within(path, [SAVED])]
     for name in names or []:
-        found = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
+        found = [path for path in own if path == name or path.endswith(f".{name}")]
         if not found:
             raise ValueError(f"modules_to_save: {type(model).__name__} has no module named {name!r}")
         paths += found
     outermost = [path for path in dict.fromkeys(paths) if not any(_inside(path, other) for other in paths)]
     for path in outermost:
-        clash = next((site for site in site_names if site == path or _inside(site, path) or _inside(path, site)), None)
+        clash = next((site for site in site_names if is_within(site, [path]) or _inside(path, site)), None)
         if clash is not None:
             raise ValueError(f"modules_to_save: {path!r} and the adapted {clash!r} lie one within the other")
     return outermost
@@ -131,6 +127,11 @@ def find_saved_modules(model: nn.Module, names: list[str] | None, site_names: li
 
 def _inside(path: str, other: str) -> bool:
     return path.startswith(f"{other}.")
+
+
+def is_within(path: str, others: list[str]) -> bool:
+    """Whether ``path`` is one of ``others`` or lies inside one."""
+    return any(path == other or _inside(path, other) for other in others)
 
 
 def check_adapter_name(name: object) -> None:

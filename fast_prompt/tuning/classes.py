@@ -29,6 +29,9 @@ METHODS = "_fast_prompt_methods"
 # Accelerate's hooks put their own ``forward`` on an instance and keep the class's, bound, under this name.
 _HOOKED_FORWARD = "_old_forward"
 
+# A function's mark: it follows the class of the module that it is called with.
+FOLLOWS_CLASS = "_fast_prompt_follows_class"
+
 
 @functools.cache
 def look_alike(bases: tuple[type, ...], replacements: tuple[Replacement, ...] = ()) -> type:
@@ -45,13 +48,32 @@ def look_alike(bases: tuple[type, ...], replacements: tuple[Replacement, ...] = 
         BASES: bases,
         REPLACEMENTS: replacements,
     }
+    look = type(base.__name__, bases, members)
     if replacements:
-        members["forward"] = functools.reduce(_stand_before, replacements, base.forward)  # type: ignore[attr-defined]
+        forward = functools.reduce(_stand_before, replacements, base.forward)  # type: ignore[attr-defined]
+        look.forward = _following(look, forward)  # type: ignore[attr-defined]
     for replacement in replacements:
         for name, method in getattr(replacement, METHODS, {}).items():
             if hasattr(base, name):
-                members[name] = _stand_before(getattr(base, name), method)
-    return type(base.__name__, bases, members)
+                setattr(look, name, _stand_before(getattr(base, name), method))
+    return look
+
+
+def _following(look: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` as the class ``look`` has it; for a module that has another class by now, that one's forward.
+
+    Other tools (accelerate's mixed precision) wrap what they find and keep it, whatever becomes of the module's class.
+    """
+
+    @functools.wraps(forward)
+    def following(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (forward if isinstance(self, look) else type(self).forward)(self, *args, **kwargs)
+
+    setattr(following, FOLLOWS_CLASS, True)
+    # Nobody shall unwrap it, as accelerate would, and find the forward that was replaced.
+    following.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    del following.__wrapped__
+    return following
 
 
 def with_methods(**methods: Replacement) -> Callable[[Replacement], Replacement]:
@@ -117,13 +139,16 @@ def _replacements(module: nn.Module) -> tuple[Replacement, ...]:
 
 
 def _dress(module: nn.Module, replacements: tuple[Replacement, ...]) -> None:
-    bases = getattr(type(module), BASES, (type(module),))
+    bases, old = getattr(type(module), BASES, (type(module),)), type(module).forward
     module.__class__ = look_alike(bases, replacements) if replacements or len(bases) > 1 else bases[0]
-    if _HOOKED_FORWARD in module.__dict__:
-        module.__dict__[_HOOKED_FORWARD] = MethodType(type(module).forward, module)
+    for name in (_HOOKED_FORWARD, "forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is old:
+            module.__dict__[name] = MethodType(type(module).forward, module)
 
 
 def is_replaceable(module: nn.Module) -> bool:
     """Whether the module's class decides on its ``forward``, and no other tool that has put one on the instance."""
     forward = module.__dict__.get(_HOOKED_FORWARD, module.__dict__.get("forward"))
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+        return True
+    return hasattr(inspect.unwrap(forward), FOLLOWS_CLASS)

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from fast_prompt.tuning.model import SAVED, FastPromptModel
+from fast_prompt.tuning.adapters import SAVED
+from fast_prompt.tuning.model import FastPromptModel
 
 # A module's class says under this name which of its own parameters learn at which multiple of the learning rate.
 SCALES = "learning_rate_scales"

@@ -14,12 +14,21 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from fast_prompt.tuning.adapters import FOLDED_CHILD, SavedModules, SiteAdapters, check_adapter_name
+from fast_prompt.nn.offload import with_values
+from fast_prompt.tuning.adapters import (
+    FOLDED_CHILD,
+    SAVED,
+    SAVED_PARAMETERS,
+    SavedModules,
+    SiteAdapters,
+    check_adapter_name,
+)
 from fast_prompt.tuning.classes import base_class, look_alike, replace_forward, restore_forward
 from fast_prompt.tuning.combination import as_config
 from fast_prompt.tuning.compaction import check_skips, drop_weights, idle_in_all
 from fast_prompt.tuning.config import MethodConfig
 from fast_prompt.tuning.loading import open_loader
+from fast_prompt.tuning.overlap import check_apart_from
 from fast_prompt.tuning.parameters import SavedParameters
 from fast_prompt.tuning.site import Site
 from fast_prompt.tuning.state import (
@@ -36,10 +45,6 @@ from fast_prompt.tuning.state import (
     tensors_of,
 )
 from fast_prompt.tuning.storage import save_adapter
-
-# The model's children that keep modules_to_save, and parameters that train, out of use.
-SAVED = "fast_prompt_modules"
-SAVED_PARAMETERS = "fast_prompt_parameters"
 
 # ``transformers``' own sign that adapters sit in a frozen model: it then trains quantized bases, and lets gradients
 # into the first block when gradient checkpointing is reentrant (which otherwise would cut every adapter off).
@@ -59,8 +64,8 @@ def get_fast_prompt_model(
     """Put a new adapter into ``model``, in place, and freeze everything else.
 
     What trains afterwards is the adapter's own parameters, the modules that ``config.modules_to_save`` names and what
-    the method trains of the base, each a copy of its own. Unlike a fresh head in ``transformers``, nothing trains that
-    is not asked for.
+    the method trains of the base, each a copy of its own, float32 where the base is of half precision. Unlike a fresh
+    head in ``transformers``, nothing trains that is not asked for.
 
     Args:
         model: a ``transformers`` model, or any module whose attentions ``config.target_modules`` names.
@@ -193,6 +198,7 @@ class FastPromptModel(nn.Module):
         """
         self._refuse_while_folded("switch adapters")
         self._check_known(adapter_name)
+        self._refuse_while_offloaded()
         self._fast_prompt.active = adapter_name
         for name in self._fast_prompt.configs:
             for part in self._parts(name).values():
@@ -244,6 +250,7 @@ class FastPromptModel(nn.Module):
         self._enable(True)
 
     def _enable(self, enabled: bool) -> None:
+        self._refuse_while_offloaded()
         self._fast_prompt.enabled = enabled
         self._use_active()
 
@@ -267,6 +274,7 @@ class FastPromptModel(nn.Module):
             RuntimeError: the model is compacted.
         """
         self._refuse_if_compacted("revert")
+        self._refuse_while_offloaded()
         self.unfold()
         state = self._fast_prompt
         state.enabled = False
@@ -285,6 +293,22 @@ class FastPromptModel(nn.Module):
         for name, module in self.named_modules():
             module.training = state.training.get(name, module.training)
         return self
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *others: Any, **options: Any) -> Any:
+        """The input embeddings, where nothing is to change.
+
+        Raises:
+            RuntimeError: another size is asked for; ``transformers`` would change the base, which ``revert()`` gives
+                back as it was, and not the adapters' copies at rest.
+        """
+        model: Any = self
+        embeddings = model.get_input_embeddings()
+        if others or options or new_num_tokens not in (None, len(embeddings.weight)):
+            raise RuntimeError(
+                f"resize_token_embeddings: the model has adapters ({', '.join(self.adapter_configs)}), made for "
+                f"{len(embeddings.weight)} tokens; resize before you adapt it, or after revert()"
+            )
+        return embeddings
 
     # Counting
 
@@ -345,7 +369,7 @@ class FastPromptModel(nn.Module):
             values = self._fast_prompt.configs[name].to_dict() | describe_base(
                 base_class(self), getattr(self, "config", None)
             )
-            tensors = tensors_of(self._parts(name)) if state_dict is None else self._gathered(name, state_dict)
+            tensors = self.get_adapter_state_dict(name) if state_dict is None else self._gathered(name, state_dict)
             save_adapter(target, values, tensors, second_name if name == root else None)
 
     @staticmethod
@@ -383,12 +407,14 @@ class FastPromptModel(nn.Module):
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """The tensors of an adapter, by default of the one in use, named as in its file; the very ones that train.
 
+        Those that accelerate keeps elsewhere come from there.
+
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: there is no such adapter, or it is on the meta device and has no values.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._check_known(name)
-        return tensors_of(self._parts(name))
+        return with_values(self, tensors_of(self._parts(name)))
 
     def load_adapter(
         self,
@@ -470,7 +496,7 @@ class FastPromptModel(nn.Module):
             the model itself.
 
         Raises:
-            RuntimeError: the model is in training mode, or its adapters are disabled.
+            RuntimeError: the model is in training mode, its adapters are disabled, or weights are not there.
             ValueError: an attention cannot be folded exactly (the message says which and why), or the adapter holds
                 NaN or infinity. Nothing has changed then.
         """
@@ -478,6 +504,10 @@ class FastPromptModel(nn.Module):
             return self
         if any(module.training for module in self.modules()):
             raise RuntimeError("fold: folding is for inference; call model.eval() first")
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise RuntimeError(
+                "fold: weights are on the meta device, as accelerate's offloading leaves them; bring them"
+            )
         state = self._fast_prompt
         if not state.enabled:
             raise RuntimeError("fold: the adapters are disabled here")
@@ -587,10 +617,12 @@ class FastPromptModel(nn.Module):
         active = state.active if state.enabled else None
         for site in {(site.host, site.child): site for sites in state.sites.values() for site in sites}.values():
             self._adapters(site).activate(active)
-        if hasattr(self, SAVED):
-            self._saved().place(self, active)
-        if hasattr(self, SAVED_PARAMETERS):
-            self._saved_parameters().place(self, active)
+        # The model's own are whole again before others come: one adapter's module may hold another's parameter.
+        kept = [getattr(self, child) for child in (SAVED, SAVED_PARAMETERS) if hasattr(self, child)]
+        for each in reversed(kept):
+            each.place(self, None)
+        for each in kept:
+            each.place(self, active)
 
     def _new_draft(self, name: str, config: MethodConfig, build: Build = Draft.build) -> Draft:
         """A draft for a name that is free; built while the model's own modules are in place, for copies of those."""
@@ -599,7 +631,12 @@ class FastPromptModel(nn.Module):
             raise ValueError(f"adapter_name: {name!r} exists already")
         check_skips(config, self, self._fast_prompt.dropped)
         with self._disabled():
-            return build(self, config)
+            draft = build(self, config)
+        state = self._fast_prompt
+        copies = {name: self._saved().of(self, name) for name in state.configs} if hasattr(self, SAVED) else {}
+        saved_by = {path: name for name, theirs in copies.items() for path in theirs}
+        check_apart_from([site for site, _ in draft.sites], list(draft.saved), state.sites, saved_by)
+        return draft
 
     def _parts(self, name: str) -> Parts:
         """Everything of an adapter, under the prefix of its tensors' names in a file."""
@@ -616,7 +653,10 @@ class FastPromptModel(nn.Module):
         """An adapter's tensors out of a whole model's state, named as in its file."""
         own = {id(value): key for key, value in self.state_dict(keep_vars=True).items()}
         parts = self._parts(name).items()
-        return {key: state_dict[own[id(value)]] for prefix, part in parts for key, value in tensors_in(prefix, part)}
+        gathered = {
+            key: state_dict[own[id(value)]] for prefix, part in parts for key, value in tensors_in(prefix, part)
+        }
+        return with_values(self, gathered)
 
     def _adapters(self, site: Site) -> SiteAdapters:
         adapters = getattr(self.get_submodule(site.host), site.child)
@@ -640,6 +680,14 @@ class FastPromptModel(nn.Module):
     def _refuse_while_folded(self, action: str) -> None:
         if self.is_folded:
             raise RuntimeError(f"the model is folded, for inference only: call unfold() before you {action}")
+
+    def _refuse_while_offloaded(self) -> None:
+        """No parameter of the base is swapped that accelerate would put back at the next call."""
+        if hasattr(self, SAVED_PARAMETERS) and self._saved_parameters().is_offloaded(self):
+            raise RuntimeError(
+                "accelerate keeps parameters of the base that an adapter trains elsewhere, and would put the wrong "
+                "ones back: take its hooks off (accelerate.hooks.remove_hook_from_submodules), then offload again"
+            )
 
     def _refuse_if_compacted(self, action: str) -> None:
         dropped = self._fast_prompt.dropped

@@ -2,7 +2,9 @@
 
 from torch import nn
 
-from fast_prompt.tuning.adapters import resting_key
+from fast_prompt.nn.offload import is_offloaded
+from fast_prompt.tuning.adapters import SAVED_PARAMETERS, resting_key
+from fast_prompt.tuning.precision import cast_forward_to, restore_cast_forward
 
 
 class SavedParameters(nn.Module):
@@ -46,20 +48,30 @@ class SavedParameters(nn.Module):
 
     def place(self, model: nn.Module, adapter: str | None) -> None:
         """Put the adapter's copies in their places, and the model's own parameters where it has none."""
+        moves = {}
         for name, current in self.placed.items():
             wanted = adapter if current == adapter or resting_key(adapter, name) in self.resting else None
             if wanted != current:
-                self.resting[resting_key(current, name)] = model.get_parameter(name)
-                parameter = self.resting.pop(resting_key(wanted, name))
-                for place in self.places[name]:
-                    path, _, leaf = place.rpartition(".")
-                    model.get_submodule(path)._parameters[leaf] = parameter
-                self.placed[name] = wanted
+                moves[name] = wanted
+        for name, wanted in moves.items():
+            self.resting[resting_key(self.placed[name], name)] = model.get_parameter(name)
+            parameter = self.resting.pop(resting_key(wanted, name))
+            for holder, leaf in self._holders(model, name):
+                holder._parameters[leaf] = parameter
+                restore_cast_forward(holder)
+            self.placed[name] = wanted
+        for name in (name for name, wanted in moves.items() if wanted is not None):
+            own = self.resting[resting_key(None, name)]
+            for holder, leaf in self._holders(model, name):
+                if own.dtype != getattr(holder, leaf).dtype:
+                    cast_forward_to(holder, own.dtype)
 
+    def is_offloaded(self, model: nn.Module) -> bool:
+        """Whether accelerate keeps some of what is in a place, or was there, elsewhere."""
+        places = {place.rpartition(".")[0] for name in self.placed for place in self.places[name]}
+        return any(is_offloaded(model, path) for path in (f"{SAVED_PARAMETERS}.resting", *places))
 
-def trainable_parameters(model: nn.Module, names: list[str], saved: list[str]) -> dict[str, nn.Parameter]:
-    """Trainable copies of the model's parameters ``names``, but for those in modules of which all is ``saved``."""
-    inside = tuple(f"{path}." for path in saved)
-    return {
-        name: nn.Parameter(model.get_parameter(name).detach().clone()) for name in names if not name.startswith(inside)
-    }
+    def _holders(self, model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+        """The modules that hold a parameter, with its name in each."""
+        places = [place.rpartition(".") for place in self.places[name]]
+        return [(model.get_submodule(path), leaf) for path, _, leaf in places]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fast_prompt.tuning.adapters import find_saved_modules, trainable_copy
+from fast_prompt.tuning.adapters import find_saved_modules
 from fast_prompt.tuning.classes import Replacement
 from fast_prompt.tuning.config import MethodConfig
+from fast_prompt.tuning.copies import trainable_copies, trainable_parameters
 from fast_prompt.tuning.files import Entry
-from fast_prompt.tuning.parameters import trainable_parameters
 from fast_prompt.tuning.site import Site
 
 # What an adapter consists of, by the prefix of its tensors' names in a file.
@@ -102,7 +102,7 @@ class Plan:
 
     def build(self, model: nn.Module) -> "Draft":
         """Make it, newly initialised; the model is left as it was."""
-        saved = {path: trainable_copy(model.get_submodule(path)) for path in self.saved}
+        saved = trainable_copies(model, self.saved)
         parameters = trainable_parameters(model, self.parameters, self.saved)
         modules = [(site, self.config.build(model, site)) for site in self.sites]
         return Draft(self.config, modules, saved, parameters)
@@ -225,9 +225,20 @@ def listing(names: list[str]) -> str:
 
 
 def copy_into(parts: Parts, tensors: dict[str, Tensor]) -> None:
-    """Copy checked ``tensors`` into the parts' own, in place, so that optimizers keep their parameters."""
+    """Copy checked ``tensors`` into the parts' own, in place, so that optimizers keep their parameters.
+
+    Raises:
+        ValueError: a part is on the meta device, where values are lost; nothing has been copied then.
+    """
+    own = tensors_of(parts)
+    absent = [name for name, value in own.items() if value.is_meta]
+    if absent:
+        raise ValueError(
+            f"{listing(absent)}: on the meta device, where an adapter's values would be lost; load the base's weights "
+            "first, or take accelerate's hooks off (accelerate.hooks.remove_hook_from_submodules)"
+        )
     with torch.no_grad():
-        for name, value in tensors_of(parts).items():
+        for name, value in own.items():
             value.copy_(tensors[name])
 
 

@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fast_prompt.models.meter.config import MeterConfig
 from fast_prompt.models.meter.fusion import MeterFusionLayer
+from fast_prompt.nn.offload import read
 
 TEXT_TYPE, IMAGE_TYPE = 0, 1  # rows of the token-type embedding
 
@@ -136,13 +137,18 @@ class MeterModel(MeterPreTrainedModel):
         if self.classifier_token is not None:
             first = self.classifier_token.expand(len(features), -1, -1).to(features.dtype)
             features = torch.cat([first, features[:, 1:]], dim=1)
-        return features + self.token_type_embeddings.weight[TEXT_TYPE]
+        return features + self._type(TEXT_TYPE)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
         """CLIP's features of every token [B, m, d], normed, projected, with their type."""
         encoded = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         features = self.cross_modal_image_transform(self.vision_model.post_layernorm(encoded))
-        return features + self.token_type_embeddings.weight[IMAGE_TYPE]
+        return features + self._type(IMAGE_TYPE)
+
+    def _type(self, index: int) -> Tensor:
+        """A type's embedding [d]."""
+        (weight,) = read(self.token_type_embeddings, "weight")
+        return weight[index]
 
     def _check_inputs(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """The pixels, if they and the text fit each other and the model."""

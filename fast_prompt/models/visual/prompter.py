@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_prompt.nn import PromptCompressor
+from fast_prompt.nn.offload import read
 
 
 def first_real(mask: Tensor | None, length: int, device: torch.device, batch: int) -> Tensor:
@@ -109,7 +110,8 @@ class VisualPrompter(nn.Module):
 
     def mark(self, hidden: Tensor) -> Tensor:
         """The text [B, n, d] with its type embedding added."""
-        return hidden if self.type_embedding is None else hidden + self.type_embedding[0].to(hidden.dtype)
+        (types,) = read(self, "type_embedding")
+        return hidden if types is None else hidden + types[0].to(hidden.dtype)
 
     def forward(self, source: Tensor, mask: Tensor | None, visual: Tensor, padding: Tensor | None) -> Tensor:
         """The prompts of a batch.
