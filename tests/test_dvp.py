@@ -376,6 +376,12 @@ ANSWERS = [[9, 10, 11], [20, 21, 22]]
 LABELLED = {
     "a marker": ([5, 6, 7, 49], {}, None),
     "no marker": ([5, 6, 7, 8], {}, "labels: they lie in the text .*answer_token_id .*visual_query_mask"),
+    "the marker in the answer": ([5, 6, 7, 8], {"answer_token_id": 10}, "labels: they lie in the text"),
+    "the marker in the answer, else the first token": (
+        [5, 6, 7, 8],
+        {"answer_token_id": 10, "query": "first"},
+        "labels: they lie in the text",
+    ),
     "no marker set": ([5, 6, 7, 49], {"answer_token_id": None}, "labels: they lie in the text"),
     "the first token asks": ([5, 6, 7, 8], {"query": "first"}, None),
     "the question is told": ([5, 6, 7, 8], {"stated": True}, None),

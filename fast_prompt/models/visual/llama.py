@@ -14,7 +14,8 @@ from fast_prompt.models.cache import cache_in
 from fast_prompt.models.checks import check_data
 from fast_prompt.models.visual.call import VisualPrompts, check_length, text_in
 from fast_prompt.models.visual.masks import add_causal_queries, add_keys
-from fast_prompt.models.visual.prompter import first_real, pool_last
+from fast_prompt.models.visual.prompter import first_real, pool_last, take
+from fast_prompt.models.visual.question import marker_in
 
 IGNORED = -100  # the label of a token that no loss counts
 PACKED = "position_ids: expected one sequence in each row, since a row has one image's prompts; got several"
@@ -64,12 +65,17 @@ def _check_labels(prompts: VisualPrompts, inputs: dict[str, Any], length: int) -
     prompter = prompts.prompter
     if labels is None or labels.dim() != 2 or labels.shape[1] != length or labels.is_floating_point():
         return
-    if prompts.cached or prompts.stated or prompter.pooling == "first":
+    first_asks = prompter.pooling == "first"
+    if prompts.cached or prompts.stated or (first_asks and prompter.answer_token_id is None):
         return
     if prompter.answer_token_id is None:
         raise ValueError(LABELS_ASK)
-    marked = (inputs["input_ids"] == prompter.answer_token_id).any(-1)
-    check_data((marked | (labels == IGNORED).all(-1)).all(), LABELS_ASK)
+    marker = marker_in(inputs["input_ids"], prompts.mask, prompter.answer_token_id)
+    counted = labels != IGNORED
+    # Labels that leave the question out begin with the answer, and what comes before the marker may not be one.
+    begun = (counted & (marker.cumsum(-1) == 0)).any(-1) & ~take(counted, prompts.mask, first_real)
+    told = torch.where(marker.any(-1), begun, not first_asks)
+    check_data(~(told & counted.any(-1)).any(), LABELS_ASK)
 
 
 def block_forward(

@@ -13,6 +13,13 @@ from fast_prompt.models.visual.prompter import VisualPrompter
 from fast_prompt.tuning.site import CHILD
 
 
+def marker_in(ids: Tensor, mask: Tensor | None, token: int) -> Tensor:
+    """bool [B, n], True at the first place of ``token``, the answer's marker, among the real tokens of ``ids``."""
+    found = ids.eq(token)
+    found = found if mask is None else found & (mask != 0)
+    return found & (found.cumsum(-1) == 1)
+
+
 def question_in(prompter: VisualPrompter, text: Tensor | None, mask: Tensor | None) -> Tensor:
     """Where the question is in a text that ends with it: at the answer's marker in samples that have it, else all over.
 
@@ -37,9 +44,8 @@ def question_in(prompter: VisualPrompter, text: Tensor | None, mask: Tensor | No
     question = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
     if prompter.answer_token_id is None:
         return question
-    found = text == prompter.answer_token_id
-    found = found if mask is None else found & (mask != 0)
-    return torch.where(found.any(-1, keepdim=True), found & (found.cumsum(-1) == 1), question)
+    marker = marker_in(text, mask, prompter.answer_token_id)
+    return torch.where(marker.any(-1, keepdim=True), marker, question)
 
 
 def asking(
@@ -69,7 +75,7 @@ def asking(
         )
     if given is None and prompter.answer_token_id is None:
         return mask
-    question = question_in(prompter, text_in(inputs), mask) if given is None else _checked(given, source.shape[0])
+    question = question_in(prompter, text_in(inputs), mask) if given is None else _checked(given, source)
     length, whole = source.shape[1], question.shape[1]
     here = F.pad(question, (0, length - whole))
     here = here if mask is None else here & (mask != 0)
@@ -86,13 +92,13 @@ def asking(
     return here
 
 
-def _checked(given: object, batch: int) -> Tensor:
+def _checked(given: object, source: Tensor) -> Tensor:
     if not isinstance(given, Tensor) or given.is_floating_point():
         got = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"visual_query_mask: expected a bool or whole-number tensor, 1 = token that asks, got {got}")
-    if given.dim() != 2 or given.shape[0] != batch:
-        raise ValueError(f"visual_query_mask: expected shape [{batch}, n], got {list(given.shape)}")
-    return given != 0
+    if given.dim() != 2 or given.shape[0] != source.shape[0]:
+        raise ValueError(f"visual_query_mask: expected shape [{source.shape[0]}, n], got {list(given.shape)}")
+    return given.to(source.device) != 0
 
 
 def visual_generate(
