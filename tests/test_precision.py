@@ -182,6 +182,21 @@ def test_files_hold_float32_and_come_back(tmp_path, name):
     assert_same(before, snapshot(model.revert()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_base_that_trains_in_float32_folds_as_it_computes(dtype):
+    model, inputs = half_bert(dtype)
+    config = [DVPConfig(layer=1, visual_width=16, train_base="full"), APTConfig(num_prompts=2)]
+    model = get_fast_prompt_model(model, config).eval()
+    expected = model(**inputs, visual_embeds=VISUAL).logits
+    parameters = {name: id(value) for name, value in model.named_parameters()}
+    folded = model.fold()(**inputs, visual_embeds=VISUAL).logits
+    assert folded.dtype == dtype
+    torch.testing.assert_close(folded, expected, rtol=0.05, atol=0.05)
+    assert torch.equal(model.unfold()(**inputs, visual_embeds=VISUAL).logits, expected)
+    assert {name: id(value) for name, value in model.named_parameters()} == parameters
+
+
 def test_moving_to_another_dtype_moves_what_is_cast_to():
     """A model that became float32 as a whole computes in float32, bit for bit what it computes without a cast."""
     config, more = CONFIGS["DVP and all"]

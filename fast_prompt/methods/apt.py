@@ -15,6 +15,7 @@ from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 from fast_prompt.tuning.config import MethodConfig, check_names
 from fast_prompt.tuning.placement import placement
+from fast_prompt.tuning.precision import as_it_computes
 from fast_prompt.tuning.site import FoldedSite, Site
 
 
@@ -109,7 +110,7 @@ _FUSED = {name: fused for architecture in ARCHITECTURES for name, fused in archi
 
 
 def _plain_linear(model: nn.Module, path: str) -> nn.Linear:
-    linear = model.get_submodule(path)
+    linear = as_it_computes(model.get_submodule(path))
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ValueError(f"{path}: cannot fold {type(linear).__name__}, only a plain nn.Linear")
     return linear

@@ -4,6 +4,7 @@ A module whose own parameters became float32 runs under autocast in the dtype th
 dtype; its neighbours see no difference.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,15 @@ def restore_cast_forward(module: nn.Module) -> None:
     if hasattr(module, BASE_DTYPE):
         delattr(module, BASE_DTYPE)
         restore_forward(module, cast_forward)
+
+
+def as_it_computes(module: nn.Module) -> nn.Module:
+    """``module``, or where it casts, a copy whose parameters have been cast."""
+    if not hasattr(module, BASE_DTYPE):
+        return module
+    duplicate, dtype = copy.deepcopy(module), getattr(module, BASE_DTYPE).dtype
+    restore_cast_forward(duplicate)
+    return duplicate.to(dtype)
 
 
 def cast_forward(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
