@@ -17,7 +17,7 @@ help:
 	@echo "make native      the compiled library alone, as far as its sources have changed"
 	@echo "make demo        a language model learns to answer questions about images; results and pictures under runs/"
 	@echo "make test        lint, types, the whole test suite, and its methods on the oldest supported transformers"
-	@echo "make test-fast   the test suite without the gates: no kernel compiled or emulated, no whole program run"
+	@echo "make test-fast   the test suite without the gates: nothing compiled or emulated, no process killed, no whole program run"
 	@echo "make test-compat the methods' tests on the oldest supported transformers and on the newest there is"
 	@echo "make check       lint and types only"
 	@echo "make bench       pytest-benchmark on this machine"

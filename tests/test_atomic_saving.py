@@ -21,6 +21,8 @@ from tiny_models import build_language_model
 from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
 from fast_prompt.tuning import FastPromptModel, get_fast_prompt_model
 
+pytestmark = pytest.mark.gate
+
 CONFIG, WEIGHTS, LINK = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
 MOMENTS = 50
 SAVING = ("tuning/files.py", "tuning/storage.py")

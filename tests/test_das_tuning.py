@@ -443,6 +443,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
         torch.testing.assert_close(value, checkpointed[key], rtol=1e-4, atol=1e-4 * float(value.abs().max()))
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", ["vit", "bert", "llama"])
 def test_the_whole_model_compiles_to_one_graph(name):
     torch._dynamo.reset()

@@ -274,6 +274,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, settings, reentra
         torch.testing.assert_close(value, checkpointed[key], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", ["bert", "t5", "llama"])
 def test_the_whole_model_compiles_to_one_graph(name):
     torch._dynamo.reset()
@@ -290,6 +291,7 @@ def test_the_whole_model_compiles_to_one_graph(name):
     assert model.fast_prompt["default"].compressor.q_proj.weight.grad is not None
 
 
+@pytest.mark.gate
 def test_a_compiled_model_follows_every_change():
     """Recompiled once the adapter is gone: no stale graph ever answers."""
     torch._dynamo.reset()

@@ -17,6 +17,7 @@ CALLS = 500
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
     pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="this C library does not count what it has allocated"),
+    pytest.mark.gate,
 ]
 
 

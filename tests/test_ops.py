@@ -189,9 +189,10 @@ def test_second_derivatives_of_the_kernels_are_refused():
 
 
 # Inductor's C++ compiler takes many seconds: it gets one setting, without the reference, of which it makes much code.
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("dropout_p", "compiler"),
-    [(0.0, "aot_eager"), (0.25, "aot_eager"), pytest.param(0.25, "inductor", marks=pytest.mark.gate)],
+    [(0.0, "aot_eager"), (0.25, "aot_eager"), (0.25, "inductor")],
 )
 def test_compiles_to_one_graph(dropout_p, compiler):
     def step(*tensors):

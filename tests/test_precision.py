@@ -231,6 +231,7 @@ def test_a_gradient_scaler_takes_what_trains_of_a_float16_base(name):
     scaler.step(optimizer)
 
 
+@pytest.mark.gate
 def test_casting_compiles_whole_and_repeats_under_checkpointing():
     config, more = CONFIGS["DVP and all"]
     model, inputs = half_bert(torch.bfloat16)

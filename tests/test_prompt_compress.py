@@ -204,12 +204,13 @@ def test_second_derivatives_of_the_kernels_are_refused():
 COMPILED = [
     ({}, "aot_eager"),
     ({"dropout_p": 0.25, "seed": 9}, "aot_eager"),
-    pytest.param({"dropout_p": 0.25, "seed": 9}, "inductor", marks=pytest.mark.gate),
+    ({"dropout_p": 0.25, "seed": 9}, "inductor"),
     ({"form": "projected"}, "aot_eager"),
 ]
 
 
 # Inductor's C++ compiler takes many seconds: it gets one setting, without the reference, of which it makes much code.
+@pytest.mark.gate
 @pytest.mark.parametrize(("options", "compiler"), COMPILED, ids=["plain", "dropout", "dropout in C++", "projected"])
 def test_compiles_to_one_graph(options, compiler):
     mask = padding_of(7, 3)

@@ -89,6 +89,7 @@ def killed_at_every_moment(directory):
     return outcomes
 
 
+@pytest.mark.gate
 def test_a_search_killed_at_any_moment_of_a_save_ends_the_same(tmp_path):
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         outcomes = pool.submit(killed_at_every_moment, tmp_path).result(timeout=120)

@@ -261,7 +261,7 @@ def test_second_derivatives_of_the_kernels_are_refused():
 COMPILED = [
     (arguments, {}, "aot_eager"),
     (arguments, {"dropout_p": 0.25, "seed": 9, "activation": "gelu"}, "aot_eager"),
-    pytest.param(arguments, {"dropout_p": 0.25, "seed": 9, "activation": "gelu"}, "inductor", marks=pytest.mark.gate),
+    (arguments, {"dropout_p": 0.25, "seed": 9, "activation": "gelu"}, "inductor"),
     (lambda: arguments((3,)), {"residual": "normed"}, "aot_eager"),
     (mixture, {}, "aot_eager"),
     (lambda: arguments((2,), kept=(1, N, D)), {"route": (1, -1, 0)}, "aot_eager"),
@@ -269,6 +269,7 @@ COMPILED = [
 
 
 # Inductor's C++ compiler takes many seconds: it gets one setting, without the reference, of which it makes much code.
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("make", "options", "compiler"), COMPILED, ids=["plain", "dropout", "dropout in C++", "run", "mixture", "route"]
 )

@@ -285,6 +285,7 @@ def test_autocast_reaches_the_gates_too():
     assert module.expert_gate.weight.grad.isfinite().all()
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("form", ["vilt", "router"])
 def test_it_compiles_to_one_graph(form):
     torch._dynamo.reset()

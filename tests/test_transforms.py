@@ -221,6 +221,7 @@ def test_a_call_is_explained_within_a_transform():
     assert said[0].chosen == "reference" and "torch.func" in said[0].reasons["cpu"]
 
 
+@pytest.mark.gate
 def test_compiled_transforms_are_the_definitions():
     function, values, directions = problem("prompt_diffusion, softmax")
 
@@ -234,6 +235,7 @@ def test_compiled_transforms_are_the_definitions():
         close(torch.compile(transformed, fullgraph=True, backend="aot_eager")(*values), transformed(*values))
 
 
+@pytest.mark.gate
 def test_a_compiled_call_is_compiled_anew_for_tangents():
     function, values, directions = problem("prompt_diffusion, softmax")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

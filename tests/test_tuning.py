@@ -430,6 +430,7 @@ def block_of(model: nn.Module) -> nn.Module:
     return blocks[0]
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", ["vit", "bert", "clip", "vilt"])
 def test_compiled_blocks_follow_every_change(name):
     """One graph, and recompiled when the adapter is disabled, folded or gone: no stale graph ever answers."""
@@ -460,6 +461,7 @@ def test_compiled_blocks_follow_every_change(name):
         torch.testing.assert_close(difference(compiled), base, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gate
 def test_compiled_training_step_with_dropout():
     torch._dynamo.reset()
     model, _ = adapted(APTConfig(num_prompts=3, dropout=0.3))
