@@ -355,6 +355,11 @@ cpu::SkipAdapter skip_adapter_problem(const SkipAdapterInputs& in, double eps) {
   return problem;
 }
 
+// The type of the hidden layer that a forward keeps.
+ScalarType hidden_type(const Tensor& x) {
+  return cpu::hidden_dtype(dtype_of(x)) == cpu::Dtype::FLOAT32 ? ScalarType::Float : x.scalar_type();
+}
+
 // Writes `output`; returns the hidden layer, if it is to be kept.
 std::vector<Tensor> skip_adapter(Tensor output, Tensor x, Tensor down_weight, Tensor up_weight,
                                  std::optional<Tensor> down_bias, std::optional<Tensor> up_bias,
@@ -368,7 +373,7 @@ std::vector<Tensor> skip_adapter(Tensor output, Tensor x, Tensor down_weight, Te
   const auto problem = skip_adapter_problem(in, eps);
   check_contiguous(output, "output", x.scalar_type(), {in.batch(), in.tokens(), in.width()}, x);
   std::vector<Tensor> kept;
-  if (keep_hidden) kept.push_back(torch::stable::empty(in.hidden_sizes(), x.scalar_type()));
+  if (keep_hidden) kept.push_back(torch::stable::empty(in.hidden_sizes(), hidden_type(x)));
   Workspace workspace;
   cpu::level().skip_adapter.forward(problem, rows_of(output),
                                     keep_hidden ? static_cast<char*>(kept[0].data_ptr()) : nullptr,
@@ -389,7 +394,7 @@ std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_wei
   const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale,
                              gates, route,       seed,      options,   dropout_p};
   const auto problem = skip_adapter_problem(in, eps);
-  check_skip_adapter_backward(in, grad, hidden, needs);
+  check_skip_adapter_backward(in, grad, hidden, hidden_type(x), needs);
   Results results;
   const auto optional = [&](const std::optional<Tensor>& tensor, bool needed) {
     return needed ? results.like(*tensor, true) : cpu::Rows{};

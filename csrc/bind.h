@@ -217,10 +217,11 @@ inline void check_skip_adapter(const SkipAdapterInputs& in) {
   check_seed(in.seed, in.dropout_p, in.x);
 }
 
+// `hidden_type`: of the hidden layer that a forward keeps.
 inline void check_skip_adapter_backward(const SkipAdapterInputs& in, const Tensor& grad, const Tensor& hidden,
-                                        const std::vector<bool>& needs) {
+                                        ScalarType hidden_type, const std::vector<bool>& needs) {
   check_activations(grad, "grad", in.x);
-  check_contiguous(hidden, "hidden", in.x.scalar_type(), in.hidden_sizes(), in.x);
+  check_contiguous(hidden, "hidden", hidden_type, in.hidden_sizes(), in.x);
   const bool given[] = {true,
                         true,
                         true,

@@ -310,7 +310,7 @@ std::vector<Tensor> skip_adapter_backward(Tensor grad, Tensor x, Tensor down_wei
   const SkipAdapterInputs in{x,     down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale,
                              gates, route,       seed,      options,   dropout_p};
   const auto problem = skip_adapter_problem(in, eps);
-  check_skip_adapter_backward(in, grad, hidden, needs);
+  check_skip_adapter_backward(in, grad, hidden, x.scalar_type(), needs);
 
   Launch launch(x);
   Results results;

@@ -2,7 +2,12 @@
 
 An error is ``max|a - b| / max|b|`` against the float64 reference on the same, already rounded, inputs.
 float32 leaves room for sums over 1e5 terms; the half types round every stored value once (2**-9 and
-2**-12 of it) and the activations ``R`` once more where tensor cores multiply them.
+2**-12 of it), and what is multiplied once more where it is multiplied in half precision: both types by
+tensor cores, bfloat16 by AVX-512's instructions, which take anything below 2**-126 for 0. Elsewhere all
+arithmetic is float32. A result beyond its dtype is infinite.
+
+These hold at ordinary numbers. What a softmax of large scores, ReLU at its edge or the norm of nearly equal
+numbers makes of a rounding error is larger; tests/test_properties.py measures by it.
 """
 
 import torch

@@ -244,8 +244,51 @@ def test_the_hidden_layer_is_what_it_is_called(level, dtype):
     x, weight, bias, norm_weight, norm_bias = (given[index].double() for index in (0, 1, 3, 5, 6))
     normed = torch.nn.functional.layer_norm(x, (64,), norm_weight[0], norm_bias[0])
     right = torch.nn.functional.linear(normed, weight[0], bias[0])
-    assert hidden.shape == (1, 2, 30, 20) and hidden.is_contiguous() and hidden.dtype == dtype
+    assert hidden.shape == (1, 2, 30, 20) and hidden.is_contiguous()
+    assert hidden.dtype == (F32 if dtype == F16 else dtype)  # float16 would end before what it is made of does
     assert relative_error(hidden[0], right) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("width, hidden", [(67, 9), (96, 32)])
+@pytest.mark.parametrize("norm", ["layer", "layer_after"])
+def test_a_row_of_one_value_is_normed_to_the_norms_bias(level, norm, width, hidden):
+    """Its variance is 0, and 1 / sqrt(eps) times any error in its mean would be no rounding error any more."""
+    problem = draw(Case("", (2, 30), width, hidden, norm=norm, residual="none"), F32)
+    tensors = problem.tensors
+    tensors["x"] = torch.linspace(100, 1000, 60).view(2, 30, 1).expand(2, 30, width)
+    if norm == "layer_after":
+        tensors["up_weight"] = tensors["up_weight"][:1].expand(width, hidden)
+        tensors["up_bias"] = tensors["up_bias"][:1].expand(width)
+    problem.options["eps"] = 1e-12
+    right = evaluate(reference.skip_adapter, problem.double(), backward=False)["forward"]
+    with use_backend("cpu"):
+        found = evaluate(ops.skip_adapter, problem, backward=False)["forward"]
+    assert relative_error(found, right) < TOLERANCES[F32]
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("size", [2.0**18, 2.0**-18])
+def test_a_hidden_layer_beyond_float16_has_its_gradients(level, size, adapters):
+    """All that is stored as float16 is of ordinary size; what the hidden layer is made of and goes into is float32."""
+    problem = draw(Case("", (2, 9), 48, 12, adapters, without=("down_bias", "scale"), wide_weights=True), F16)
+    problem.tensors["down_weight"] *= size
+    problem.tensors["up_weight"] /= size
+    problem.tensors["norm_bias"] *= 0.25
+    assert_matches(replace(problem, trained=tuple(problem.tensors)))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_a_normed_residual_is_added_before_it_is_rounded(level, dtype, norm):
+    """Where x and its norm nearly cancel, a norm of half precision would be all that is seen."""
+    x = torch.randn((2, 9, 48), generator=torch.Generator().manual_seed(0)).to(dtype)
+    zeros, minus = torch.zeros(12, 48, dtype=dtype), torch.full((48,), -1.0, dtype=dtype)
+    arguments = {"x": x, "down_weight": zeros, "up_weight": zeros.t(), "norm_weight": minus}
+    options = {"norm": norm, "residual": "normed"}
+    right = reference.skip_adapter(**{name: value.double() for name, value in arguments.items()}, **options)
+    with use_backend("cpu"):
+        found = ops.skip_adapter(**arguments, **options)
+    torch.testing.assert_close(found.double(), right, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 SHARED = [  # rows a thread would have: too few, not evenly, several tiles; samples told apart

@@ -148,9 +148,16 @@ def test_empty_calls_give_zeros_and_zero_gradients(sizes):
 
 
 @needs_cpu_backend
-def test_the_key_bias_has_a_gradient_of_zero():
-    inputs = arguments()
-    ops.prompt_compress(*inputs, num_heads=2, form="absorbed").square().sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["absorbed", "projected"])
+def test_a_key_bias_changes_nothing_and_has_a_gradient_of_zero(form, dtype):
+    """However large it is: keys that are rounded with it would lose what tells them apart."""
+    inputs = [tensor.detach().to(dtype) for tensor in arguments()]
+    without = ops.prompt_compress(*inputs[:4], None, inputs[5], num_heads=2, form=form)
+    inputs[4] = (1000 * inputs[4]).requires_grad_()
+    output = ops.prompt_compress(*inputs, num_heads=2, form=form)
+    output.square().sum().backward()
+    assert torch.equal(output, without)
     assert not inputs[4].grad.any()
 
 

@@ -119,6 +119,22 @@ def test_mean_far_from_zero(kernels):
     assert all(error < far for error in compare(found, expected).values())
 
 
+@pytest.mark.parametrize("norm", ["layer", "layer_after"])
+def test_a_row_of_one_value_is_normed_to_the_norms_bias(kernels, norm):
+    """Its variance is 0, and 1 / sqrt(eps) times any error in its mean would be no rounding error any more."""
+    case = Case("", (1, 9), 67, 9, norm=norm, residual="none", trained=("down_bias",))
+    problem = parity.build(case, torch.float32, torch.device("cpu"))
+    problem.options["eps"] = 1e-12
+    tensors = problem.tensors
+    tensors["x"] = torch.linspace(100, 1000, 9).sqrt().view(1, 9, 1).expand(1, 9, 67)
+    if norm == "layer_after":
+        tensors["up_weight"] = tensors["up_weight"][:1].expand(67, 9)
+        tensors["up_bias"] = tensors["up_bias"][:1].expand(67)
+    found = results(kernels, problem)["forward"]
+    right = evaluate(reference.skip_adapter, problem.double())["forward"]
+    assert compare({"forward": found}, {"forward": right})["forward"] < TOLERANCES[torch.float32]
+
+
 def test_nan_stays_in_its_row(kernels):
     problem = parity.build(Case("", (1, 40), 80, 24, activation="silu"), torch.bfloat16, torch.device("cpu"))
     clean = results(kernels, problem)

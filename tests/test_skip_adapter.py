@@ -293,9 +293,19 @@ def test_compiles_to_one_graph(make, options, compiler):
 
 
 @needs_cpu_backend
-@pytest.mark.parametrize("name", ["plain", "run of three, dropout", "mixture, grouped", "route", "no bias"])
-def test_opcheck(name):
-    problem = build(next(case for case in CASES if case.name == name), torch.float32, CPU)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("plain", torch.float32),
+        ("plain", torch.float16),
+        ("run of three, dropout", torch.float32),
+        ("mixture, grouped", torch.float32),
+        ("route", torch.float32),
+        ("no bias", torch.float32),
+    ],
+)
+def test_opcheck(name, dtype):
+    problem = build(next(case for case in CASES if case.name == name), dtype, CPU)
     seen = []
     forward = torch.ops.fast_prompt.skip_adapter.default
     backward = torch.ops.fast_prompt.skip_adapter_backward.default

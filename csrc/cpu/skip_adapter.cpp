@@ -48,7 +48,7 @@ void forward_block(const Call& call, const Adapter* adapters, const Rows& output
     const Ahead wanted = i == 0 ? halves_ahead : Ahead{};
     project_down<Dot>(call, adapter, z, hidden_row, block.count, hidden, wanted, tile);
     activate_rows(call, hidden_row, block.count, tile, nullptr);
-    write_results<Dot>(call, adapter, x, z, y, block.count, tile);
+    write_results<Dot>(call, adapter, x, y, block.count, tile);
     x = y;
   }
 }

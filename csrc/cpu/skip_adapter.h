@@ -11,6 +11,9 @@ enum class Norm : int { NONE, LAYER, RMS, LAYER_AFTER };
 enum class Activation : int { RELU, SILU, GELU };
 enum class Residual : int { INPUT, NORMED, NONE };
 
+// How a forward keeps the hidden layer: as X is stored, but that float16 has too little range for it.
+inline Dtype hidden_dtype(Dtype x) { return x == Dtype::FLOAT16 ? Dtype::FLOAT32 : x; }
+
 struct SkipAdapter {
   int64_t batch, tokens, width, adapter_width;
   int64_t adapters;                   // in a run, or to be chosen from by a route
@@ -35,7 +38,7 @@ struct SkipAdapter {
 // Gradients to write; those not wanted are absent (scale, gates: null).
 struct SkipAdapterGradients {
   Rows grad;  // of Y
-  // W_d norm(X) + b_d, of the type of X: [adapters or, with a route, 1, batch, tokens, adapter_width].
+  // W_d norm(X) + b_d, of hidden_dtype: [adapters or, with a route, 1, batch, tokens, adapter_width].
   const char* hidden;
   Rows x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias;
   float *scale, *gates;

@@ -80,7 +80,7 @@ float* row_of(float* sums, int64_t index, int64_t stride) { return sums ? sums +
 void recall_hidden(const Pass& pass, int64_t layer, const Block& block, const Tile& tile, float* slopes) {
   const Call& call = pass.call;
   const int64_t width = call.problem.adapter_width, row = layer * call.all_rows() + block.first;
-  with_storage(call.problem.x.dtype, [&](auto storage) {
+  with_storage(hidden_dtype(call.problem.x.dtype), [&](auto storage) {
     typedef decltype(storage) Storage;
     for (int64_t i = 0; i < block.count; ++i) {
       const char* kept = pass.gradients.hidden + (row + i) * width * sizeof(typename Storage::Element);
@@ -263,10 +263,9 @@ void backward_block(const Pass& pass, const Adapter* adapters, const Block& bloc
   };
   for (int64_t i = 0; i + 1 < count; ++i) {
     const Adapter& adapter = adapters[first + i];
-    const bool with_normed = problem.residual == Residual::NORMED;
-    const Operand z = with_normed ? norm_rows<Dot>(call, adapter, x_of(i), block.count, tile) : Operand{};
+    if (problem.residual == Residual::NORMED) norm_rows<Dot>(call, adapter, x_of(i), block.count, tile);
     recall_hidden(pass, i, block, tile, nullptr);
-    write_results<Dot>(call, adapter, x_of(i), z, x_of(i + 1), block.count, tile);
+    write_results<Dot>(call, adapter, x_of(i), x_of(i + 1), block.count, tile);
   }
   const int64_t next = block.first + block.count, ahead = smaller(block.count, call.all_rows() - next);
   const Ahead wanted = rows_ahead(pass.gradients.grad, next, problem.x, next, ahead, problem.width);

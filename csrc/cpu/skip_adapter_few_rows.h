@@ -64,7 +64,7 @@ void forward_few_rows(const Call& call, const Rows& output, char* hidden) {
     const Operand t{hidden_as_words<Dot>(call, tile.hidden, count, 1, tile, tile.weighted), tile.tall};
     multiply_by_rows<Dot>(runtime, t, count, problem.up_weight, i * width, width, adapter_width, tile.results,
                           tile.wide);
-    write_results<Dot>(call, adapter, x, z, y, count, tile, [&](const auto& action) {
+    write_results(call, adapter, x, y, count, tile, [&](const auto& action) {
       for (int64_t c = 0; c < width; c += LANES)
         action(UpColumns{0, count, c, width, tile.results + c, tile.wide, load(adapter.up_bias + c), adapter.scale});
     });

@@ -51,12 +51,19 @@ float sum_row(int64_t width, Value value) {
 // ---- Norms ----
 
 struct Moments {
-  float mean, factor;  // the normed row is (x - mean) * factor, before its weight and bias
+  float mean, factor;
 };
 
+Floats normed(Floats x, const Moments& of, Floats weight, Floats bias) {
+  return (x - of.mean) * of.factor * weight + bias;
+}
+
+// The mean is summed about the row's first element: a row of one value has exactly that for its mean, where the factor,
+// 1 / sqrt(eps), would make much of any error.
 Moments moments(const float* row, int64_t width, bool rms, float eps) {
+  const float first = row[0];
   const float mean =
-      rms ? 0.0f : sum_row(width, [=](int64_t, auto load_row) { return load_row(row); }) / (float)width;
+      rms ? 0.0f : first + sum_row(width, [=](int64_t, auto load_row) { return load_row(row) - first; }) / (float)width;
   const float square = sum_row(width, [=](int64_t, auto load_row) {
     const Floats centred = load_row(row) - mean;
     return centred * centred;
@@ -83,7 +90,10 @@ void moments_of_rows(const char* const* rows, int64_t width, bool rms, float eps
     return sums_of_lanes(sums);
   };
   FourFloats mean = {};
-  if (!rms) mean = sum_rows([](int, Floats x) { return x; }) / (float)width;
+  if (!rms) {
+    for (int i = 0; i < NORM_ROWS; ++i) mean[i] = load_some<In>(rows[i], 1)[0];
+    mean += sum_rows([=](int i, Floats x) { return x - mean[i]; }) / (float)width;
+  }
   const FourFloats square = sum_rows([=](int i, Floats x) { return (x - mean[i]) * (x - mean[i]); });
   for (int i = 0; i < NORM_ROWS; ++i) of[i] = {mean[i], 1.0f / sqrtf(square[i] / (float)width + eps)};
 }

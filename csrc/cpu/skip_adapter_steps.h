@@ -247,6 +247,7 @@ struct Tile {
   int64_t wide, tall;  // strides of [rows, width] and [rows, adapter_width] buffers
   float *normed, *hidden, *weighted, *results;  // z; h, then t; t as words; v
   float *between, *kept, *row;                   // rows between the adapters of a run; dropout's factors; a row as floats
+  Moments* moments;                              // of the rows that norm_rows() normed last
   float *slopes, *gradients, *gradient_words, *grad, *normed_grad, *passed, *transposed, *panel;  // of a backward
   int64_t floats;
 
@@ -278,6 +279,7 @@ Tile make_tile(const Call& call, int64_t rows, bool backward, float* memory) {
   tile.results = take(wide);
   tile.kept = take(tile.tall);
   tile.row = take(tile.wide);
+  tile.moments = (Moments*)take(rows * sizeof(Moments) / sizeof(float));
   tile.between = take(problem.adapters > 1 ? (backward ? problem.adapters - 1 : 1) * wide : 0);
   if (backward) {
     tile.slopes = take(tall);
@@ -367,18 +369,19 @@ Operand norm_rows(const Call& call, const Adapter& adapter, const Span& x, int64
     typedef decltype(storage) In;
     for (int64_t first = 0; first < count; first += NORM_ROWS) {
       const char* row[NORM_ROWS];
-      float* normed[NORM_ROWS];
+      float* target[NORM_ROWS];
       for (int64_t i = 0; i < NORM_ROWS; ++i) {
         const int64_t index = smaller(first + i, count - 1);  // the last row stands in for those there are not
-        row[i] = x.row(index), normed[i] = tile.normed + index * tile.wide;
+        row[i] = x.row(index), target[i] = tile.normed + index * tile.wide;
       }
       Moments of[NORM_ROWS];
       moments_of_rows<In>(row, width, call.rms, call.problem.eps, of);
+      for (int64_t i = 0; i < smaller(NORM_ROWS, count - first); ++i) tile.moments[first + i] = of[i];
       for_each_vector<In>(width, [&](int64_t c, auto load_row, auto) __attribute__((always_inline)) {
         const Floats weight = load(adapter.norm_weight + c), bias = load(adapter.norm_bias + c);
 #pragma GCC unroll 4
         for (int i = 0; i < NORM_ROWS; ++i)
-          Dot::put(normed[i], c, (load_row(row[i]) - of[i].mean) * of[i].factor * weight + bias);
+          Dot::put(target[i], c, normed(load_row(row[i]), of[i], weight, bias));
       });
     }
   });
@@ -400,7 +403,7 @@ inline void finish_hidden(const Call& call, const Adapter& adapter, int64_t hidd
     float* h = tile.hidden + i * tile.tall;
     for (int64_t c = 0; c < width; c += LANES) store(h + c, load(h + c) + load(adapter.down_bias + c));
     if (hidden)
-      with_storage(call.problem.x.dtype, [&](auto storage) {
+      with_storage(hidden_dtype(call.problem.x.dtype), [&](auto storage) {
         typedef decltype(storage) Storage;
         write_row<Storage>(h, width, hidden + (hidden_row + i) * width * sizeof(typename Storage::Element));
       });
@@ -484,10 +487,11 @@ struct Output {
   }
 };
 
-// y, from the v that project(action) hands out.
-template <class Dot, class Project>
-void write_results(const Call& call, const Adapter& adapter, const Span& x, const Operand& z, const Span& output,
-                   int64_t count, const Tile& tile, const Project& project) {
+// y, from the v that project(action) hands out. What a residual adds of the normed rows is normed again: as operands
+// they may be rounded.
+template <class Project>
+void write_results(const Call& call, const Adapter& adapter, const Span& x, const Span& output, int64_t count,
+                   const Tile& tile, const Project& project) {
   const SkipAdapter& problem = call.problem;
   const int64_t width = problem.width;
   const char* x_row[MOST_TILE_ROWS];
@@ -495,18 +499,17 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
   with_storage(x.rows.dtype, [&](auto x_storage) {
     with_storage(output.rows.dtype, [&](auto storage) {
       typedef decltype(x_storage) In;
-      typedef typename Dot::Storage::Element Word;
       const Output<decltype(storage)> write(call, output, count);
       // v(i), and what is added to it, of some rows.
       const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t end, const auto& v) {
         const char* const* const in = x_row + row;
-        const float* normed = z.words + row * z.stride;
         if (problem.residual == Residual::NONE) return write(row, rows, column, end, v);
         if (problem.residual == Residual::INPUT)
           return write(row, rows, column, end, [=](int64_t i) { return v(i) + get<In>(in[i], column, end); });
-        write(row, rows, column, end, [=, stride = z.stride](int64_t i) {
-          const Floats added = Dot::Storage::load((const Word*)(normed + i * stride) + column);
-          return v(i) + get<In>(in[i], column, end) + added;
+        const Floats weight = load(adapter.norm_weight + column), bias = load(adapter.norm_bias + column);
+        write(row, rows, column, end, [=, of = tile.moments + row](int64_t i) {
+          const Floats added = get<In>(in[i], column, end);
+          return v(i) + added + normed(added, of[i], weight, bias);
         });
       };
       if (problem.norm != Norm::LAYER_AFTER)
@@ -519,7 +522,7 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
         const Moments of = moments(row, width, false, problem.eps);
         for (int64_t c = 0; c < width; c += LANES)
           finish(i, 1, c, width, [&](int64_t) {
-            return (load(row + c) - of.mean) * of.factor * load(adapter.norm_weight + c) + load(adapter.norm_bias + c);
+            return normed(load(row + c), of, load(adapter.norm_weight + c), load(adapter.norm_bias + c));
           });
       }
     });
@@ -528,10 +531,10 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
 
 // The same, of the rows of t in tile.hidden.
 template <class Dot>
-void write_results(const Call& call, const Adapter& adapter, const Span& x, const Operand& z, const Span& output,
-                   int64_t count, const Tile& tile) {
+void write_results(const Call& call, const Adapter& adapter, const Span& x, const Span& output, int64_t count,
+                   const Tile& tile) {
   const float* weighted = hidden_as_words<Dot>(call, tile.hidden, count, call.problem.groups, tile, tile.weighted);
-  write_results<Dot>(call, adapter, x, z, output, count, tile, [&](const auto& action) {
+  write_results(call, adapter, x, output, count, tile, [&](const auto& action) {
     project_up<Dot>(call, adapter, weighted, count, tile, action);
   });
 }

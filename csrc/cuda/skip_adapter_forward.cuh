@@ -304,11 +304,12 @@ struct NormAfter {
         for (int i = 0; i < 2 * N; ++i)
           if (i / 2 * 8 + pair * 2 + i % 2 < columns_left) body(v.at[slot / 2][i / 2][slot % 2 * 2 + i % 2], i);
       };
+      const float first = v.at[slot / 2][0][slot % 2 * 2];  // of one value alone, exactly the mean
       for_each([&](float value, int) {
         chunk.count += 1;
-        chunk.mean += value;
+        chunk.mean += value - first;
       });
-      if (chunk.count > 0) chunk.mean /= chunk.count;
+      if (chunk.count > 0) chunk.mean = first + chunk.mean / chunk.count;
       for_each([&](float value, int i) {
         const float product = at(slot, i);
         chunk.squares += (value - chunk.mean) * (value - chunk.mean);

@@ -253,7 +253,8 @@ __device__ inline Piece<T> read_piece(const T* source, int count, bool aligned) 
 }
 
 // Statistics of a row of `width` elements by 8 lanes together: the mean first, then what is left of the squares without
-// it. read(chunk) gives a lane its piece of a chunk, zeros beyond the row.
+// it, and of the mean: a row of one value has exactly that for its mean, where 1 / sqrt(eps) would make much of any error.
+// read(chunk) gives a lane its piece of a chunk, zeros beyond the row.
 template <class T, class Read>
 __device__ inline RowNorm measure_row(const Problem<T>& problem, int piece_of_chunk, Read read) {
   const auto sum = [&](auto of_element) {
@@ -267,9 +268,16 @@ __device__ inline RowNorm measure_row(const Problem<T>& problem, int piece_of_ch
     return reduce_lanes<7>(total, Add());
   };
   const float per_element = 1.0f / static_cast<float>(problem.width);
-  const float mean = problem.norm == SkipNorm::rms ? 0 : sum([](float x) { return x; }) * per_element;
-  const float variance = sum([mean](float x) { return (x - mean) * (x - mean); }) * per_element;
-  return {mean, rsqrtf(variance + problem.eps)};
+  if (problem.norm == SkipNorm::rms)
+    return {0, rsqrtf(sum([](float x) { return x * x; }) * per_element + problem.eps)};
+  const float mean = sum([](float x) { return x; }) * per_element;
+  float left = 0;
+  const float square = sum([&left, mean](float x) {
+    left += x - mean;
+    return (x - mean) * (x - mean);
+  }) * per_element;
+  const float rest = reduce_lanes<7>(left, Add()) * per_element;
+  return {mean + rest, rsqrtf(fmaxf(square - rest * rest, 0) + problem.eps)};
 }
 
 // Count, mean and sum of squared differences from the mean, of numbers that come a few at a time.

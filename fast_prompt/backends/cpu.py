@@ -220,7 +220,8 @@ def skip_adapter(
         keep_hidden: whether the hidden layer is wanted.
 
     Returns:
-        The hidden layer before its activation, [A, B, n, w] ([1, B, n, w] with a route), contiguous; or None.
+        The hidden layer before its activation, [A, B, n, w] ([1, B, n, w] with a route), contiguous, dtype of ``x``,
+        float32 for float16; or None.
     """
     tensors = _rows(x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
     settings = (*_numbers("skip_adapter", norm, activation, residual), eps, dropout_p)

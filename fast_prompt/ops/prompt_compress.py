@@ -38,9 +38,10 @@ def prompt_compress(
     For every head, with its slices of query and projections, ``a = dropout(softmax(q @ (X @ W_k.T + b_k).T /
     sqrt(d_h)))`` and ``output = a @ (X @ W_v.T + b_v)``. Two forms compute exactly this. The *absorbed* one never
     projects the tokens: it takes the few queries through ``W_k`` and the few results through ``W_v``, and reads the
-    tokens once. The *projected* one projects every token, as ``nn.MultiheadAttention`` does, with torch's own matrix
-    products and attention. Arithmetic is float32 whatever the storage. Under autocast query and tokens are cast to
-    the autocast dtype; the projections may stay float32.
+    tokens once, in float32 arithmetic whatever the storage. The *projected* one projects every token, as
+    ``nn.MultiheadAttention`` does, with torch's own matrix products and attention: in half precision the projections,
+    and the keys and values that it forms, are rounded to the dtype of ``query``, and end where that ends. Under
+    autocast query and tokens are cast to the autocast dtype; the projections may stay float32.
 
     Args:
         query: [B, m, E] float32, bfloat16, float16 or float64; projected queries, head by head: E = num_heads * d_h.
@@ -158,13 +159,15 @@ def _projected(
 ) -> Tensor:
     """Torch's own matrix products and attention; without dropout, whose mask torch's attention would draw itself."""
     mask = None
+    # b_k changes nothing: times 0 it does not round the keys away either, and its gradient is 0.
+    no_bias = None if key_bias is None else 0 * key_bias
     if key_padding_mask is not None:
         visual = visual.masked_fill(key_padding_mask.unsqueeze(-1), 0)
         # A sample of padding alone attends to its zeroed tokens, and its result is replaced by 0.
         empty = key_padding_mask.all(-1)
         mask = (~key_padding_mask | empty[:, None])[:, None, None, :]
     with without_autocast(query.device):
-        k = linear(visual, key_weight.to(query.dtype), optional_to(key_bias, query.dtype))
+        k = linear(visual, key_weight.to(query.dtype), optional_to(no_bias, query.dtype))
         v = linear(visual, value_weight.to(query.dtype), optional_to(value_bias, query.dtype))
         # Torch's attention makes garbage of a query whose elements overlap.
         q, k, v = (split_heads(tensor, num_heads) for tensor in (query.contiguous(), k, v))

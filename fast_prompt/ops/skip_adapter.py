@@ -46,7 +46,8 @@ def skip_adapter(
     the other while the rows stay on chip (a *run* of skipped blocks), or, where ``route`` names one for each sample,
     that one alone, the samples of ``kept`` being put between. With ``gates``, a single adapter's up projection is a
     mixture of E experts. Kept for the backward pass are ``x`` and the hidden layer before its activation. Arithmetic is
-    float32 whatever the storage. Under autocast the activations are cast to its dtype; parameters may stay float32.
+    float32 whatever the storage; where half precision is multiplied as such (``fast_prompt.tolerances``), the hidden
+    layer ends where its dtype ends. Under autocast the activations are cast to its dtype; parameters may stay float32.
 
     Args:
         x: [..., n, d] float32, bfloat16, float16 or float64; [B, n, d] where ``gates`` or ``route`` is given. Any
@@ -360,10 +361,12 @@ def _run_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(x: Tensor, down_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    route, keep_hidden = args[8], args[-2]
+    route, keep_hidden, backend = args[8], *args[-2:]
     shape = (1 if route is not None else down_weight.shape[0], *x.shape[:-1], down_weight.shape[1])
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return output, x.new_empty(shape if keep_hidden else 0)
+    # On the CPU float16 is multiplied as float32, and what is kept need not end where float16 does.
+    wide = keep_hidden and backend == "cpu" and x.dtype == torch.float16
+    return output, x.new_empty(shape if keep_hidden else 0, dtype=torch.float32 if wide else None)
 
 
 def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
