@@ -25,6 +25,7 @@ from fast_prompt.tolerances import TOLERANCES
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
     pytest.mark.usefixtures("poisoned_memory", "cpu_restored"),
+    pytest.mark.gate,
 ]
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, F16, F64]
