@@ -6,8 +6,10 @@ What the parity cases (test_parity.py) do not reach: what is kept, needs, rows t
 import pytest
 import torch
 
-from fast_prompt.backends import SkipAdapterCall
+from fast_prompt.backends import SkipAdapterCall, use_backend
 from fast_prompt.backends import triton as backend
+from fast_prompt.ops import skip_adapter
+from fast_prompt.parity.skip_adapter import Case, draw
 from fast_prompt.reference import skip_adapter as reference
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
@@ -103,6 +105,22 @@ def assert_matches(inputs, grad, options, without=()):
     for (name, tensor, result), right in zip(given, gradients, strict=True):
         assert result.dtype == tensor.dtype and result.shape == tensor.shape and result.is_contiguous()
         assert name in without or relative_error(result, right) < tolerance, name
+
+
+@pytest.mark.parametrize("norm", ["layer", "layer_after"])
+def test_a_row_of_one_value_is_normed_to_the_norms_bias(norm):
+    """Its variance is 0, and 1 / sqrt(eps) times any error in its mean would be no rounding error any more."""
+    problem = draw(Case("", (1, 9), 67, 9, norm=norm, residual="none"), F32)
+    problem.options["eps"] = 1e-12
+    tensors = {name: tensor.to(DEVICE) for name, tensor in problem.tensors.items()}
+    tensors["x"] = torch.linspace(100, 1000, 9, device=DEVICE).sqrt().view(1, 9, 1).expand(1, 9, 67)
+    if norm == "layer_after":
+        tensors["up_weight"] = tensors["up_weight"][:1].expand(67, 9)
+        tensors["up_bias"] = tensors["up_bias"][:1].expand(67)
+    right = reference(**{name: tensor.double() for name, tensor in tensors.items()}, **problem.options)
+    with use_backend("triton"):
+        found = skip_adapter(**tensors, **problem.options)
+    assert relative_error(found, right) < TOLERANCES[F32]
 
 
 @pytest.mark.parametrize(
