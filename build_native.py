@@ -331,7 +331,7 @@ def run_ninja(tools: Toolchain, *targets: str) -> None:
 
 
 def record(directory: Path, facts: dict[str, object]) -> None:
-    """Writes what ``fast_prompt.backends.cpu.build_info`` reads."""
+    """Writes what ``fast_prompt.backends.native.build_info`` reads."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
 

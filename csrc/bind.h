@@ -16,7 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The options, by number: torch's stable ABI makes a new string of every `str` argument and never frees it. The order is
-// that of OPTIONS in fast_prompt/backends/cpu.py and of the kernels' own enums; COUNT says how many there are.
+// that of OPTIONS in fast_prompt/backends/native.py and of the kernels' own enums; COUNT says how many there are.
 enum class DiffusionActivation { RELU, SOFTMAX, COUNT };
 enum class RowWeight { MAX, NONE, COUNT };
 enum class SkipNorm { NONE, LAYER, RMS, LAYER_AFTER, COUNT };
@@ -144,7 +144,7 @@ struct SkipOptions {
         residual(option<SkipResidual>("residual", residual)) {}
 };
 
-// What both directions of skip_adapter are given, as fast_prompt/backends/cpu.py says; A adapters lead every parameter.
+// What both directions of skip_adapter are given, as fast_prompt/backends/native.py says; A adapters lead every parameter.
 struct SkipAdapterInputs {
   const Tensor &x, &down_weight, &up_weight;
   const std::optional<Tensor>&down_bias, &up_bias, &norm_weight, &norm_bias, &scale, &gates, &route, &seed;

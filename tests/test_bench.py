@@ -111,6 +111,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     assert saved_bytes(lambda x, weight: (x * x) @ weight, problem, ("weight",)) == 2 * 10 * 4 * 4
 
 
+@pytest.mark.gate
 def test_the_whole_model_contenders_compute_what_they_claim(quick):
     """Prompts as tokens and as keys and values are one function; folded APT is unfolded APT."""
     setting = bench.Setting("apt_model", {"B": 2, "n": 9, "p": 5, "layers": 2}, "fp32", "fwd")

@@ -347,6 +347,7 @@ def test_a_model_that_takes_images_is_counted_without_dvp(directory):
     assert set(cost.METHODS) - set(fitting) == {"dvp"}
 
 
+@pytest.mark.gate
 def test_for_people_with_a_chart(capsys, directory, tmp_path):
     chart = tmp_path / "cost.png"
     argv = ["--model", str(directory / "meter"), "--method", "full", "das", "deep_prompts"]
@@ -369,7 +370,7 @@ def test_a_chart_that_cannot_be_written(capsys, directory, tmp_path, name):
     ("argv", "expected"),
     [
         ((), "--model"),
-        (("--model", "nonsense"), "expected meter, vilt, bert, roberta, clip, llama or a directory"),
+        (("--model", "nonsense"), "expected meter, bert, roberta, vilt, clip, llama or a directory"),
         (("--model", "{}/empty"), "there is no config.json in"),
         (("--model", "{}/broken"), "broken/config.json is no config"),
         (("--model", "{}/t5"), "got 't5'"),

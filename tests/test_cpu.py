@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fast_prompt.backends import cpu
+from fast_prompt.backends import cpu, native
 from fast_prompt.reference import prompt_diffusion as reference
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 from fast_prompt.reference.skip_adapter import ACTIVATIONS as SKIP_ACTIVATIONS
@@ -263,13 +263,13 @@ def test_unknown_level_is_refused():
 def test_library_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(cpu, "_LIBRARY", broken)
-    reason = cpu.unavailable.__wrapped__()
+    monkeypatch.setattr(native, "_LIBRARY", broken)
+    reason = native.unavailable.__wrapped__()
     assert "built against torch" in reason and str(broken) in reason
 
 
 def test_record_of_the_build_is_complete():
-    info = cpu.build_info()
+    info = native.build_info()
     assert info["built"] and set(LEVELS) <= set(info["instruction_sets"])
     assert all(info[key] for key in ("compiler", "flags", "torch", "stable_abi"))
 
@@ -287,14 +287,16 @@ def test_options_are_those_of_the_definition():
         "prompt_diffusion": (ACTIVATIONS, ROW_WEIGHTS),
         "skip_adapter": (NORMS, SKIP_ACTIVATIONS, RESIDUALS),
     }
-    assert {op: [set(values) for values in options.values()] for op, options in cpu.OPTIONS.items()} == {
+    assert {op: [set(values) for values in options.values()] for op, options in native.OPTIONS.items()} == {
         op: [set(table) for table in each] for op, each in tables.items()
     }
 
 
-@pytest.mark.parametrize(("op", "option"), [(op, option) for op, options in cpu.OPTIONS.items() for option in options])
+@pytest.mark.parametrize(
+    ("op", "option"), [(op, option) for op, options in native.OPTIONS.items() for option in options]
+)
 def test_native_op_refuses_an_option_by_a_number_too_high(op, option, monkeypatch):
-    monkeypatch.setitem(cpu.OPTIONS[op], option, (*cpu.OPTIONS[op][option], "another"))
+    monkeypatch.setitem(native.OPTIONS[op], option, (*native.OPTIONS[op][option], "another"))
     ones = torch.ones(1, 4, 4)
     calls = {
         "prompt_diffusion": lambda **options: cpu.prompt_diffusion(
@@ -304,9 +306,9 @@ def test_native_op_refuses_an_option_by_a_number_too_high(op, option, monkeypatc
             ones.clone(), ones, ones, ones, *(None,) * 8, eps=1e-5, dropout_p=0, keep_hidden=False, **options
         ),
     }
-    known = {name: values[0] for name, values in cpu.OPTIONS[op].items()}
+    known = {name: values[0] for name, values in native.OPTIONS[op].items()}
     calls[op](**known)
-    most = len(cpu.OPTIONS[op][option]) - 2
+    most = len(native.OPTIONS[op][option]) - 2
     with pytest.raises(RuntimeError, match=f"{option}: expected a number from 0 to {most}, got {most + 1}"):
         calls[op](**known | {option: "another"})
     with pytest.raises(ValueError, match=f"{option}: expected one of .*, got 'a third'"):

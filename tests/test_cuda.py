@@ -8,7 +8,7 @@ import build_cache
 import pytest
 import torch
 
-from fast_prompt.backends import BACKENDS, PromptDiffusionCall, cpu, cuda
+from fast_prompt.backends import BACKENDS, PromptDiffusionCall, cpu, cuda, native
 from fast_prompt.backends.call import CALLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +56,8 @@ def test_cuda_is_a_backend_before_the_reference():
     ],
 )
 def test_library_without_kernels_is_a_reason(monkeypatch, info, reason):
-    monkeypatch.setattr(cpu, "unavailable", lambda: None)
-    monkeypatch.setattr(cpu, "build_info", lambda: {"built": True, **info})
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    monkeypatch.setattr(native, "build_info", lambda: {"built": True, **info})
     assert reason in cuda.unavailable.__wrapped__()
 
 
@@ -66,8 +66,8 @@ def test_library_without_kernels_is_a_reason(monkeypatch, info, reason):
 def test_one_library_serves_a_torch_without_cuda():
     """It is loaded, kernels and all; what it lacks is torch's CUDA, found weakly."""
     reason = cuda.unavailable.__wrapped__()
-    if not cpu.build_info()["cuda"]["built"]:
-        assert cpu.build_info()["cuda"]["reason"] in reason
+    if not native.build_info()["cuda"]["built"]:
+        assert native.build_info()["cuda"]["reason"] in reason
         pytest.skip(reason)
     assert "has no CUDA" in reason
     library = Path(cpu.__file__).parent.parent / "_native.so"

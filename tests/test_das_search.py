@@ -297,6 +297,7 @@ def searched(rank):
     return blocks.history.tolist(), blocks.skipped
 
 
+@pytest.mark.gate
 def test_ranks_search_as_one(tmp_path):
     first, second = together(searched, tmp_path / "meeting")
     assert first == second

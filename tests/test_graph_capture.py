@@ -179,6 +179,7 @@ def copies_when_timed(form, model, shape, *size):
         return copies_of(lambda: function(inputs))
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", FORMS)
 def test_a_timed_vilt_has_all_on_its_device(name):
     with META:
@@ -186,6 +187,7 @@ def test_a_timed_vilt_has_all_on_its_device(name):
     assert not copies_when_timed(FORMS[name], model, ENCODER, 2, 20, apt_model.WIDTH)
 
 
+@pytest.mark.gate
 def test_a_timed_meter_has_all_on_its_device():
     model = das_model.build(METER, torch.float32, META)
     assert not copies_when_timed(das_model._function, model, METER, 1, 3, 32, 32)

@@ -159,6 +159,7 @@ def alone():
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=300)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(("method", "sizes"), [(method, sizes) for method in SIZES for sizes in SIZES[method]])
 def test_a_config_of_giant_sizes_costs_no_memory(method, sizes, alone, tmp_path):
     """Each size alone would take hundreds of gigabytes."""
@@ -169,6 +170,7 @@ def test_a_config_of_giant_sizes_costs_no_memory(method, sizes, alone, tmp_path)
     assert "of another shape" in error or "no tensor can be as large" in error
 
 
+@pytest.mark.gate
 def test_a_combination_of_giant_sizes_costs_no_memory(alone, tmp_path):
     saved("combination", tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
@@ -353,6 +355,7 @@ def damage_files(random: Random, directory: Path) -> None:
 DAMAGES = [damage_config, damage_config, damage_bytes, damage_header, damage_files]
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("method", METHODS)
 def test_damaged_folders_are_refused_by_name_and_change_nothing(method, tmp_path):
     """Seventy-five of each method; some of them are whole enough to load."""

@@ -223,6 +223,7 @@ def agreement(rank):
     return sets, bandit.preferences.tolist(), bandit.skipped, bandit.draw(20), bandit.draw_uniform()
 
 
+@pytest.mark.gate
 def test_ranks_draw_the_same_arms_and_average_their_rewards(tmp_path):
     first, second = together(agreement, tmp_path / "meeting")
     assert first == second
@@ -484,6 +485,7 @@ def searched(rank):
     return layers.history
 
 
+@pytest.mark.gate
 def test_ranks_search_as_one(tmp_path):
     first, second = together(searched, tmp_path / "meeting")
     assert torch.equal(first, second)

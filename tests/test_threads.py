@@ -21,6 +21,8 @@ from transformers import (
 from fast_prompt import APTConfig, DASConfig, DVPConfig, get_fast_prompt_model
 from fast_prompt.ops import prompt_compress, prompt_diffusion, skip_adapter
 
+pytestmark = pytest.mark.gate
+
 THREADS, CALLS = 8, 30
 
 BASES = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from fast_prompt.backends import cpu
+from fast_prompt.backends import native
 from fast_prompt.backends.call import (
     Call,
     PromptCompressCall,
@@ -13,6 +13,26 @@ from fast_prompt.backends.call import (
     SkipAdapterCall,
     refuses_kernels,
 )
+from fast_prompt.backends.native import (
+    prompt_compress,
+    prompt_compress_backward,
+    prompt_diffusion,
+    prompt_diffusion_backward,
+    skip_adapter,
+    skip_adapter_backward,
+)
+
+__all__ = [
+    "name",
+    "prompt_compress",
+    "prompt_compress_backward",
+    "prompt_diffusion",
+    "prompt_diffusion_backward",
+    "refuses",
+    "skip_adapter",
+    "skip_adapter_backward",
+    "unavailable",
+]
 
 name = "cuda"
 
@@ -27,9 +47,9 @@ _SMALL_CHIPS = ((8, 6), (8, 9), (12, 0), (12, 1))
 @functools.cache
 def unavailable() -> str | None:
     """Why there are no CUDA kernels here, or None."""
-    if reason := cpu.unavailable():
+    if reason := native.unavailable():
         return reason
-    built = cpu.build_info().get("cuda", {"built": False, "reason": "it was built before there were any"})
+    built = native.build_info().get("cuda", {"built": False, "reason": "it was built before there were any"})
     if not built["built"]:
         return f"the native library was built without CUDA kernels: {built['reason']}"
     if torch.version.cuda is None:
@@ -78,12 +98,3 @@ _REFUSES_SIZES: dict[str, Callable[..., str | None]] = {
     "prompt_compress": _refuses_nothing,
     "skip_adapter": _refuses_hidden,
 }
-
-
-# The operators are the CPU's; the tensors' device decides which code runs, and on which stream.
-prompt_diffusion = cpu.prompt_diffusion
-prompt_diffusion_backward = cpu.prompt_diffusion_backward
-prompt_compress = cpu.prompt_compress
-prompt_compress_backward = cpu.prompt_compress_backward
-skip_adapter = cpu.skip_adapter
-skip_adapter_backward = cpu.skip_adapter_backward

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fast_prompt.backends import BACKENDS, cpu
+from fast_prompt.backends import BACKENDS, native
 from fast_prompt.bench import machine
 from fast_prompt.cli.output import emit_json
 from fast_prompt.models import contract
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         "devices": machine.devices(),
         "cpu": machine.cpu(),
         "backends": {name: _availability(name) for name in BACKENDS},
-        "build": cpu.build_info(),
+        "build": native.build_info(),
         "transformers": contract.describe_range(),
     }
     if args.json:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fast_prompt.models.contract import check_forwards, check_model_forward
-from fast_prompt.models.visual.families import Target, find_target
 from fast_prompt.models.visual.forward import visual_forward
 from fast_prompt.models.visual.head import HEAD_CHILD, AnswerHead, answer_forward
 from fast_prompt.models.visual.prompter import POOLINGS, VisualPrompter
+from fast_prompt.models.visual.target import Target, find_target
 from fast_prompt.nn import PromptCompressor, checks
 from fast_prompt.nn.adapter import BottleneckAdapter
 from fast_prompt.tuning.config import MethodConfig
@@ -124,15 +124,15 @@ class DVPConfig(MethodConfig):
         target = find_target(model)
         self._check(model, target)
         self._check_forwards(model, target)
-        family, width = target.family, target.width
-        patches = dict.fromkeys(target.blocks, family.block_forward)
-        if target.encoder is not None and family.drop_visual is not None:
-            patches[target.encoder] = family.drop_visual
+        visual, width = target.visual, target.width
+        patches = dict.fromkeys(target.blocks, visual.block_forward)
+        if target.encoder is not None and visual.drop_visual is not None:
+            patches[target.encoder] = visual.drop_visual
         sites = [Site(name=target.stack, host="", forward=visual_forward, width=width, patches=patches)]
         if self.num_answers is not None:
             sites.append(Site(name="", host="", forward=answer_forward, width=width, child=HEAD_CHILD))
         if self.adapter_width is not None:
-            sites += [Site(name=path, host=path, forward=family.adapt, width=width) for path in target.adapted]
+            sites += [Site(name=path, host=path, forward=visual.adapt, width=width) for path in target.adapted]
         return sites
 
     def _check_forwards(self, model: nn.Module, target: Target) -> None:
@@ -150,8 +150,8 @@ class DVPConfig(MethodConfig):
         num_heads, inner_width = self.num_heads or target.num_heads, self.inner_width or target.width
         if inner_width % num_heads:
             raise ValueError(f"num_heads: expected a divisor of the inner width {inner_width}, got {num_heads}")
-        if self.num_answers is not None and type(model).__name__ not in target.family.backbones:
-            backbones = " or ".join(target.family.backbones)
+        if self.num_answers is not None and type(model).__name__ not in target.visual.backbones:
+            backbones = " or ".join(target.visual.backbones)
             raise ValueError(f"num_answers: expected a model without a head ({backbones}), got {type(model).__name__}")
 
     def build(self, model: nn.Module, site: Site) -> nn.Module:
@@ -162,7 +162,7 @@ class DVPConfig(MethodConfig):
             return self._prompter(target, place)
         if site.forward is answer_forward:
             assert self.num_answers is not None
-            return AnswerHead(site.width, self.num_answers, target.family.name, **place)
+            return AnswerHead(site.width, self.num_answers, target.architecture.name, **place)
         assert self.adapter_width is not None
         return BottleneckAdapter(site.width, self.adapter_width, **place)
 
@@ -175,14 +175,14 @@ class DVPConfig(MethodConfig):
             dropout=self.dropout,
             **place,
         )
-        family = target.family
+        visual = target.visual
         return VisualPrompter(
             compressor,
             num_prompts=self.num_prompts,
-            pooling=family.pooling if self.query == "auto" else self.query,
-            type_embedding=family.type_embedding if self.type_embedding is None else self.type_embedding,
+            pooling=visual.pooling if self.query == "auto" else self.query,
+            type_embedding=visual.type_embedding if self.type_embedding is None else self.type_embedding,
             type_embedding_std=self.type_embedding_std,
-            family=family.name,
+            family=target.architecture.name,
             stack=target.stack,
             layer=self.layer,
             num_blocks=len(target.blocks),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from fast_prompt.methods import DVPConfig
-from fast_prompt.models.visual.families import find_target
+from fast_prompt.models.visual.target import find_target
 from fast_prompt.search.arms import Arms
 from fast_prompt.search.bandit import Bandit
 from fast_prompt.search.search import Draw, Reward, Search, accuracy

@@ -1,10 +1,10 @@
-"""What is known of an architecture, and how: one row, of which attention sites, block sites and costs are views."""
+"""What is known of an architecture, and how: one row, of which sites and costs are views."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fast_prompt.tuning.classes import Replacement
 
@@ -79,6 +79,48 @@ class Counted:
     prepare: Callable[[nn.Module], None] | None = None
 
 
+def as_given(_: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, unchanged."""
+    return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visual:
+    """Language models that visual prompts can enter.
+
+    Attributes:
+        stacks: class names of the modules that hold their blocks.
+        backbones: class names of the models that have no head.
+        blocks: the stack's child that is the list of blocks.
+        sublayers: where adapters sit, as paths in a block.
+        adapt: what replaces those modules' forward.
+        pooling: how the query is made by default, a name in ``models.visual.prompter.POOLINGS``.
+        type_embedding: whether text and prompts get a type embedding by default.
+        prepare: completes a call's ``VisualPrompts`` and the forward's other arguments.
+        block_forward: what replaces a block's forward.
+        read_out: what the answer head reads: (last hidden state, mask) to [B, d].
+        answer_inputs: completes the forward's arguments where the answer head follows.
+        decodes: whether the prompts enter a decoder beside which there is an encoder.
+        causal: whether every token sees those before it alone, whatever the config's ``is_decoder`` says.
+        drop_visual: what replaces the forward of such an encoder.
+    """
+
+    stacks: tuple[str, ...]
+    backbones: tuple[str, ...]
+    blocks: str
+    sublayers: tuple[str, ...]
+    adapt: Replacement
+    pooling: str
+    type_embedding: bool
+    prepare: Callable[[Any, Any, dict[str, Any]], None]
+    block_forward: Replacement
+    read_out: Callable[[Tensor, Tensor | None], Tensor]
+    answer_inputs: Callable[[Any, dict[str, Any]], dict[str, Any]] = as_given
+    decodes: bool = False
+    causal: bool = False
+    drop_visual: Replacement | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One architecture.
@@ -94,6 +136,7 @@ class Architecture:
         fused: by an attention's class, the child whose forward is replaced while the model is folded, and by what.
         blocks: its blocks, where they can be skipped.
         joins_towers: whether its blocks join two encoders, which are then left as they are.
+        visual: its language models, where visual prompts can enter them.
         counted: what counting its cost takes; None where it is not counted.
     """
 
@@ -105,4 +148,5 @@ class Architecture:
     fused: Mapping[str, tuple[str, Replacement]] = field(default_factory=dict)
     blocks: Blocks | None = None
     joins_towers: bool = False
+    visual: Visual | None = None
     counted: Counted | None = None

@@ -5,10 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from fast_prompt.models.architectures.architecture import Architecture, Blocks, Counted, Place
-from fast_prompt.models.architectures.forwards import RESIDUAL_CHILD, normed_output_forward, skippable_forward
+from fast_prompt.models.architectures.architecture import Architecture, Blocks, Counted, Place, Visual
+from fast_prompt.models.architectures.forwards import (
+    RESIDUAL_CHILD,
+    adapt_after,
+    normed_output_forward,
+    skippable_forward,
+)
 from fast_prompt.models.architectures.parameters import HIDDEN, MEMORY, RESIDUAL
 from fast_prompt.models.skip import SKIP_CHILD
+from fast_prompt.models.visual import bert as visual_bert
 from fast_prompt.tuning.site import CHILD
 
 # The child of a block's second ``output`` that keeps the parallel adapter of the second half.
@@ -48,12 +54,29 @@ def forwards(prefix: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+def visual(prefix: str) -> Visual:
+    """Visual prompts in the encoder of the classes whose names begin with ``prefix``."""
+    return Visual(
+        stacks=(f"{prefix}Encoder",),
+        backbones=(f"{prefix}Model",),
+        blocks="layer",
+        sublayers=("attention.output.dropout", "output.dropout"),
+        adapt=adapt_after,
+        pooling="first",
+        type_embedding=True,
+        prepare=visual_bert.prepare,
+        block_forward=visual_bert.block_forward,
+        read_out=visual_bert.read_out,
+    )
+
+
 BERT = Architecture(
     name="BERT",
     model_type="bert",
     forwards=forwards("Bert"),
     attentions=("BertAttention",),
     blocks=post_norm_blocks("BertLayer"),
+    visual=visual("Bert"),
     counted=Counted(
         config="BertConfig",
         model="BertModel",

@@ -60,6 +60,16 @@ def skippable_forward(self: Any, forward: Callable[..., Tensor], *, hidden_state
     return forward(self, hidden_states=hidden_states, **kwargs)
 
 
+def adapt_after(self: Any, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """The forward of a module whose output is a sublayer's: the adapter comes after it."""
+    return self.fast_prompt(forward(self, x))
+
+
+def adapt_before(self: Any, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """The forward of the dropout that a sublayer's output goes through: the adapter comes before it."""
+    return forward(self, self.fast_prompt(x))
+
+
 def has_parallel(block: Any) -> bool:
     """Whether an adapter that keeps this pre-norm block is in use."""
     adapters = getattr(block, ATTENTION_CHILD, None)

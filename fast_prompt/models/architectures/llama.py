@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fast_prompt.models.architectures.architecture import Architecture, Blocks, Counted, Place
-from fast_prompt.models.architectures.forwards import skippable_forward
+from fast_prompt.models.architectures.architecture import Architecture, Blocks, Counted, Place, Visual
+from fast_prompt.models.architectures.forwards import adapt_after, skippable_forward
 from fast_prompt.models.architectures.parameters import HIDDEN
 from fast_prompt.models.skip import SKIP_CHILD
+from fast_prompt.models.visual import llama as visual_llama
 from fast_prompt.tuning.adapters import at_site
 from fast_prompt.tuning.site import CHILD
 
@@ -42,6 +43,19 @@ LLAMA = Architecture(
             Place("input_layernorm", AFTER_CHILD, after_forward, "none"),
             Place("post_attention_layernorm", AFTER_CHILD, after_forward, "none"),
         ),
+    ),
+    visual=Visual(
+        stacks=("LlamaModel",),
+        backbones=("LlamaModel",),
+        blocks="layers",
+        sublayers=("self_attn.o_proj", "mlp.down_proj"),
+        adapt=adapt_after,
+        pooling="last",
+        type_embedding=False,
+        prepare=visual_llama.prepare,
+        block_forward=visual_llama.block_forward,
+        read_out=visual_llama.read_out,
+        causal=True,
     ),
     counted=Counted(
         config="LlamaConfig",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fast_prompt.models.architectures.architecture import Architecture, Counted
-from fast_prompt.models.architectures.bert import forwards, post_norm_blocks
+from fast_prompt.models.architectures.bert import forwards, post_norm_blocks, visual
 
 
 def positions(config: Any) -> int:
@@ -17,6 +17,7 @@ ROBERTA = Architecture(
     forwards=forwards("Roberta"),
     attentions=("RobertaAttention",),
     blocks=post_norm_blocks("RobertaLayer"),
+    visual=visual("Roberta"),
     counted=Counted(
         config="RobertaConfig",
         model="RobertaModel",

@@ -14,8 +14,8 @@ from fast_prompt.models.visual.call import (
     text_in,
     two_dimensional,
 )
-from fast_prompt.models.visual.families import family_called
 from fast_prompt.models.visual.question import asking, visual_generate
+from fast_prompt.models.visual.target import visual_of
 from fast_prompt.tuning.classes import with_methods
 from fast_prompt.tuning.site import CHILD
 
@@ -60,7 +60,7 @@ def visual_forward(
             visual_embeds, visual_attention_mask, source.shape[0], prompter.visual_width
         )
         prompts.query = asking(prompter, inputs, source, mask, visual_query_mask)
-    family_called(prompter.family).prepare(self, prompts, inputs)
+    visual_of(prompter.family).prepare(self, prompts, inputs)
     return forward(self, visual_prompts=prompts, **inputs)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_prompt.models.visual.families import family_called
+from fast_prompt.models.visual.target import visual_of
 
 HEAD_CHILD = "fast_prompt_head"
 
@@ -74,7 +74,7 @@ def answer_forward(
     if head is None:
         given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
         return forward(self, **inputs, **{name: value for name, value in given.items() if value is not None})
-    family = family_called(head.family)
+    family = visual_of(head.family)
     if labels is not None:
         check_labels(labels, head.classifier.out_features)
     return_dict = inputs.pop("return_dict", None)
