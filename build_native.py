@@ -319,8 +319,10 @@ def run_ninja(tools: Toolchain, *targets: str) -> None:
     (BUILD_DIR / "build.ninja").write_text(ninja_file(tools))
     said = []
     command = [tools.ninja, *targets]
+    # Not the jobs of a make above: their pipes are not handed down, and ninja counts the cores itself.
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     with subprocess.Popen(
-        command, cwd=BUILD_DIR, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=BUILD_DIR, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

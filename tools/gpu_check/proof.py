@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 
@@ -32,8 +33,7 @@ def build(place: Place, figures: Figures) -> None:
     builder = _builder()
     tools = builder.find_toolchain()
     if place.dry:
-        with tempfile.TemporaryDirectory() as directory:
-            builder.BUILD_DIR = Path(directory)  # type: ignore[attr-defined]
+        with tempfile.TemporaryDirectory() as directory, patch.object(builder, "BUILD_DIR", Path(directory)):
             builder.run_ninja(tools, "-n")
             figures.save(planned=(Path(directory) / "build.ninja").read_text().count("\nbuild "))
         return
