@@ -56,10 +56,10 @@ INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
-BINDINGS = ("csrc/bind.cpp", "csrc/cpu/isa.cpp")
+BINDINGS = ("csrc/bind/cpu.cpp", "csrc/cpu/isa.cpp")
 KERNELS = ("csrc/cpu/prompt_diffusion.cpp", "csrc/cpu/prompt_compress.cpp", "csrc/cpu/skip_adapter.cpp")
 
-CUDA_BINDINGS = ("csrc/bind_cuda.cpp",)
+CUDA_BINDINGS = ("csrc/bind/cuda.cpp",)
 CUDA_KERNELS = tuple(
     f"csrc/cuda/{op}{direction}.cu"
     for op in ("prompt_diffusion", "prompt_compress", "skip_adapter")

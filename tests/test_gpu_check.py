@@ -12,8 +12,8 @@ import torch
 
 from fast_prompt import bench, parity
 from fast_prompt.backends import cpu
-from fast_prompt.backends.call import CALLS
 from fast_prompt.bench import prompt_diffusion as diffusion_bench
+from fast_prompt.ops.declaration import OPS
 from gpu_check import machine, page, report, runner
 from gpu_check.__main__ import main as gpu_check_main
 from gpu_check.place import DRY, GPU
@@ -275,7 +275,7 @@ def test_the_page_in_the_repository_is_what_the_records_say():
 
 def test_a_kernel_no_gpu_has_run_is_marked_so():
     text = page.render([])
-    assert text.count(page.NOT_YET) == sum(len(machine.kernel_files(op)) for op in CALLS) > 1
+    assert text.count(page.NOT_YET) == sum(len(machine.kernel_files(op)) for op in OPS) > 1
     assert "Not measured on any GPU yet" in text
 
 

@@ -6,18 +6,40 @@
 #include <string>
 #include <string_view>
 
-#include "prompt_compress.h"
-#include "prompt_diffusion.h"
-#include "skip_adapter.h"
+#include "../prompt_compress.h"
+#include "../prompt_diffusion.h"
+#include "../skip_adapter.h"
+#include "runtime.h"
 
 namespace fast_prompt::cpu {
+
+namespace portable {
+extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
+extern const PromptCompressKernels<Runtime> prompt_compress;
+extern const SkipAdapterKernels<Runtime> skip_adapter;
+}
+namespace avx2 {
+extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
+extern const PromptCompressKernels<Runtime> prompt_compress;
+extern const SkipAdapterKernels<Runtime> skip_adapter;
+}
+namespace avx512 {
+extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
+extern const PromptCompressKernels<Runtime> prompt_compress;
+extern const SkipAdapterKernels<Runtime> skip_adapter;
+}
+namespace avx512_bf16 {
+extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
+extern const PromptCompressKernels<Runtime> prompt_compress;
+extern const SkipAdapterKernels<Runtime> skip_adapter;
+}
 
 struct Level {
   std::string_view name;
   bool (*supported)();
-  const PromptDiffusionKernels& prompt_diffusion;
-  const PromptCompressKernels& prompt_compress;
-  const SkipAdapterKernels& skip_adapter;
+  const PromptDiffusionKernels<Runtime>& prompt_diffusion;
+  const PromptCompressKernels<Runtime>& prompt_compress;
+  const SkipAdapterKernels<Runtime>& skip_adapter;
 };
 
 // The level in use: the best there is, unless the environment variable FAST_PROMPT_CPU_ISA or select() names one.

@@ -6,9 +6,11 @@
 
 namespace {
 
-// kept[i] = scale where the first Philox word of counter first + i is at least `threshold`, else 0.
-inline void dropout_factors(uint64_t seed, uint64_t first, uint32_t threshold, float scale, int64_t count,
-                            float* kept) {
+// kept[i] = kept_scale where the first Philox word of counter first + i is at least the threshold, else 0. Without
+// dropout nothing is written.
+inline void dropout_factors(const Dropout& dropout, uint64_t first, int64_t count, float* kept) {
+  if (!dropout.seed) return;
+  const uint64_t seed = (uint64_t)*dropout.seed;
   for (int64_t start = 0; start < count; start += LANES) {
     const uint64_t base = first + start;
     uint32_t c0[LANES], c1[LANES], c2[LANES] = {}, c3[LANES] = {};
@@ -29,7 +31,7 @@ inline void dropout_factors(uint64_t seed, uint64_t first, uint32_t threshold, f
       k0 += 0x9E3779B9;
       k1 += 0xBB67AE85;
     }
-    for (int i = 0; i < LANES; ++i) kept[start + i] = c0[i] >= threshold ? scale : 0.0f;
+    for (int i = 0; i < LANES; ++i) kept[start + i] = c0[i] >= dropout.threshold ? dropout.kept_scale : 0.0f;
   }
 }
 

@@ -15,7 +15,7 @@
 // On a machine with bf16 dot products, bf16 tokens and bf16 weights are multiplied as they are, and what multiplies
 // them is rounded to bf16; everything else is widened to float32. The sums are float32 in all cases.
 
-#include "prompt_compress.h"
+#include "../prompt_compress.h"
 
 #include "prompt_compress_steps.h"
 
@@ -34,7 +34,7 @@ template <class TokenDot, class WeightDot>
 void attend(const Call& call, const Forward& group, const PromptCompressKept& kept, const Scratch& own,
             const Block& block) {
   const PromptCompress& problem = call.problem;
-  const int64_t count = gather_tokens<TokenDot>(problem, block.sample, own), width = problem.token_width;
+  const int64_t count = gather_tokens<TokenDot>(problem, block.sample, own), width = problem.visual_width;
   // Of the block's first row, in the whole call.
   const int64_t first = block.sample * call.rows() + block.first % call.rows();
   dot_tokens<TokenDot>(call, own, block, count, group.folded, group.weights);
@@ -72,14 +72,14 @@ void forward_with(const PromptCompress& problem, const PromptCompressKept& kept,
                   const Runtime& runtime) {
   const Call call = prepare<TokenDot>(problem, runtime);
   const int64_t weight_rows = problem.heads * problem.head_width, rows = call.group * call.rows();
-  const float** key_weight = rows_as_words<WeightDot>(call, problem.key_weight, weight_rows, problem.token_width);
-  const float** value_weight = rows_as_words<WeightDot>(call, problem.value_weight, weight_rows, problem.token_width);
+  const float** key_weight = rows_as_words<WeightDot>(call, problem.key_weight, weight_rows, problem.visual_width);
+  const float** value_weight = rows_as_words<WeightDot>(call, problem.value_weight, weight_rows, problem.visual_width);
   const float* bias = stage_bias(problem, runtime);
   const Forward group{
       allocate_matrix(runtime, call.group * problem.queries, problem.heads * row_words<WeightDot>(problem.head_width)),
-      allocate_matrix(runtime, rows, row_words<TokenDot>(problem.token_width)),
+      allocate_matrix(runtime, rows, row_words<TokenDot>(problem.visual_width)),
       allocate_matrix(runtime, rows, round_up(problem.tokens, LANES)),
-      allocate_matrix(runtime, rows, row_words<WeightDot>(problem.token_width)),
+      allocate_matrix(runtime, rows, row_words<WeightDot>(problem.visual_width)),
       allocate_floats(runtime, rows),
   };
   for (int64_t sample = 0; sample < problem.batch; sample += call.group) {
@@ -196,7 +196,7 @@ template <class Dot>
 void write_tokens_gradient(const Call& call, const Backward& group, int64_t first, int64_t samples,
                            const Rows& target) {
   const PromptCompress& problem = call.problem;
-  const int64_t tokens = problem.tokens, width = problem.token_width, parts = samples < call.threads ? call.threads : 1;
+  const int64_t tokens = problem.tokens, width = problem.visual_width, parts = samples < call.threads ? call.threads : 1;
   const bool in_place = are_words<Fp32>(target, width);
   share(call, samples * parts, [&](Scratch& own, int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
@@ -225,7 +225,7 @@ void write_tokens_gradient(const Call& call, const Backward& group, int64_t firs
 
 // Where a weight's gradient is added up: in its place where that holds floats enough.
 Matrix sums_for(const Call& call, const Rows& target) {
-  const int64_t width = call.problem.token_width, rows = call.problem.heads * call.problem.head_width;
+  const int64_t width = call.problem.visual_width, rows = call.problem.heads * call.problem.head_width;
   if (!target.data) return {};
   if (are_words<Fp32>(target, width)) return {(float*)target.data, target.row_stride};
   return allocate_matrix(call.runtime, rows, row_words<Fp32>(width));
@@ -236,7 +236,7 @@ void write_sums(const Call& call, const Matrix& sums, const Rows& target) {
   share(call, call.problem.heads * call.problem.head_width, [&](Scratch&, int64_t begin, int64_t end) {
     with_storage(target.dtype, [&](auto storage) {
       for (int64_t row = begin; row < end; ++row)
-        write_row<decltype(storage)>(sums.row(row), call.problem.token_width, at(target, row));
+        write_row<decltype(storage)>(sums.row(row), call.problem.visual_width, at(target, row));
     });
   });
 }
@@ -257,8 +257,8 @@ Backward allocate_backward(const Call& call, const Needs& needs, const PromptCom
     return needed ? allocate_matrix(call.runtime, count, words) : Matrix{};
   };
   const int64_t query_words = problem.heads * row_words<WeightDot>(problem.head_width);
-  const int64_t token_words = row_words<TokenDot>(problem.token_width);
-  const int64_t weight_words = row_words<WeightDot>(problem.token_width);
+  const int64_t token_words = row_words<TokenDot>(problem.visual_width);
+  const int64_t weight_words = row_words<WeightDot>(problem.visual_width);
   const int64_t tokens = round_up(problem.tokens, LANES);
   Backward group{};
   group.queries = matrix(needs.folded || gradients.key_weight.data, queries, query_words);
@@ -279,7 +279,7 @@ Backward allocate_backward(const Call& call, const Needs& needs, const PromptCom
 // y of a group's rows, as the forward kept them.
 template <class Dot>
 void stage_attended(const Call& call, const float* kept, int64_t rows, const Matrix& target) {
-  const int64_t width = call.problem.token_width;
+  const int64_t width = call.problem.visual_width;
   share(call, rows, [&](Scratch&, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       stage_row<Dot>(Dtype::FLOAT32, kept + row * width, width, target.row(row));
@@ -289,7 +289,7 @@ void stage_attended(const Call& call, const float* kept, int64_t rows, const Mat
 template <class TokenDot, class WeightDot>
 void backward_with(const PromptCompress& problem, const PromptCompressKept& kept,
                    const PromptCompressGradients& gradients, const Runtime& runtime) {
-  const int64_t width = problem.token_width, weight_rows = problem.heads * problem.head_width;
+  const int64_t width = problem.visual_width, weight_rows = problem.heads * problem.head_width;
   const Needs needs = needs_of(kept, gradients);
   const bool tokens_gradient = gradients.visual.data && !are_words<Fp32>(gradients.visual, width);
   const Call call = prepare<TokenDot>(problem, runtime, tokens_gradient);
@@ -345,22 +345,20 @@ void with_dots([[maybe_unused]] const PromptCompress& problem, Action action) {
   action(Fp32{}, Fp32{});
 }
 
-void forward(const PromptCompress& problem, const PromptCompressKept& kept, const Rows& output,
-             const Runtime& runtime) {
+void forward(const PromptCompress& problem, const PromptCompressResults& results, const Runtime& runtime) {
   with_dots(problem, [&](auto tokens, auto weights) {
-    forward_with<decltype(tokens), decltype(weights)>(problem, kept, output, runtime);
+    forward_with<decltype(tokens), decltype(weights)>(problem, results.kept, results.output, runtime);
   });
 }
 
-void backward(const PromptCompress& problem, const PromptCompressKept& kept, const PromptCompressGradients& gradients,
-              const Runtime& runtime) {
+void backward(const PromptCompress& problem, const PromptCompressGradients& gradients, const Runtime& runtime) {
   with_dots(problem, [&](auto tokens, auto weights) {
-    backward_with<decltype(tokens), decltype(weights)>(problem, kept, gradients, runtime);
+    backward_with<decltype(tokens), decltype(weights)>(problem, gradients.kept, gradients, runtime);
   });
 }
 
 }  // namespace
 
-extern const PromptCompressKernels prompt_compress{forward, backward};
+extern const PromptCompressKernels<Runtime> prompt_compress{forward, backward};
 
 }  // namespace fast_prompt::cpu::FAST_PROMPT_ISA

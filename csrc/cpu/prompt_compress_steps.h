@@ -7,7 +7,7 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "philox.h"
-#include "prompt_compress.h"
+#include "../prompt_compress.h"
 #include "row_products.h"
 #include "vector.h"
 
@@ -46,7 +46,7 @@ struct Call {
   int64_t threads, group;  // samples in a full group
   Scratch* scratch;        // one a thread
 
-  int64_t panels() const { return (problem.token_width + PANEL - 1) / PANEL; }
+  int64_t panels() const { return (problem.visual_width + PANEL - 1) / PANEL; }
   int64_t rows() const { return problem.heads * problem.queries; }  // of a sample
   int64_t row(int64_t query, int64_t head) const {
     return (query / problem.queries * problem.heads + head) * problem.queries + query % problem.queries;
@@ -87,20 +87,20 @@ const float** rows_as_words(const Call& call, const Rows& rows, int64_t count, i
 template <class Dot>
 Call prepare(const PromptCompress& problem, const Runtime& runtime, bool tokens_gradient = false) {
   const int64_t queries = problem.queries, tokens = problem.tokens, rows = problem.heads * queries;
-  const int64_t work = problem.batch * rows * (tokens + problem.head_width) * problem.token_width;
+  const int64_t work = problem.batch * rows * (tokens + problem.head_width) * problem.visual_width;
   const int64_t threads = smaller(runtime.threads, 1 + work / THREAD_WORK);
   const int64_t group = round_up((GROUP_QUERIES + queries - 1) / queries, threads);
   Call call{problem, runtime, 1.0f / sqrtf((float)problem.head_width), threads, smaller(group, problem.batch),
             allocate<Scratch>(runtime, threads)};
   const int64_t longest = round_up(tokens, LANES), queries_of_group = call.group * queries;
-  const int64_t widest = problem.head_width > problem.token_width ? problem.head_width : problem.token_width;
+  const int64_t widest = problem.head_width > problem.visual_width ? problem.head_width : problem.visual_width;
   const int64_t result_width = row_words<Fp32>(tokens_gradient ? widest : problem.head_width);
   for (int64_t i = 0; i < threads; ++i) {
     Scratch& own = call.scratch[i];
     own.places = allocate<int64_t>(runtime, tokens);
     own.rows = allocate<const float*>(runtime, rows > tokens ? rows : tokens);
-    const bool in_place = are_words<Dot>(problem.visual, problem.token_width);
-    own.tokens = in_place ? Matrix{} : allocate_matrix(runtime, tokens, row_words<Dot>(problem.token_width));
+    const bool in_place = are_words<Dot>(problem.visual, problem.visual_width);
+    own.tokens = in_place ? Matrix{} : allocate_matrix(runtime, tokens, row_words<Dot>(problem.visual_width));
     own.kept = allocate_floats(runtime, longest);
     for (int64_t c = 0; c < longest; c += LANES) store(own.kept + c, broadcast(1.0f));
     const int64_t by_head = queries_of_group * row_words<Fp32>(problem.head_width);
@@ -144,7 +144,7 @@ template <class WeightDot>
 void unfold(const Call& call, const Matrix& rows, int64_t first, int64_t count, const float* const* weight,
             const float* bias, const float* weight_sums, const Rows& target) {
   const int64_t width = call.problem.head_width, padded = row_words<Fp32>(width);
-  const int64_t length = row_words<WeightDot>(call.problem.token_width), blocks = (count + DOT_ROWS - 1) / DOT_ROWS;
+  const int64_t length = row_words<WeightDot>(call.problem.visual_width), blocks = (count + DOT_ROWS - 1) / DOT_ROWS;
   share(call, call.problem.heads * blocks, [&](Scratch& own, int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const int64_t head = job / blocks, query = job % blocks * DOT_ROWS, block = smaller(DOT_ROWS, count - query);
@@ -172,7 +172,7 @@ void list_by_head(const Call& call, const Matrix& rows, int64_t count, const flo
     for (int64_t query = 0; query < count; ++query) *pointers++ = rows.row(call.row(query, head));
 }
 
-// sums (+)= Q^T dU, G^T Y, for every head: [heads * head_width, token_width].
+// sums (+)= Q^T dU, G^T Y, for every head: [heads * head_width, visual_width].
 template <class WeightDot>
 void add_weight_gradient(const Call& call, const Matrix& queries, int64_t count, const float* const* rows_by_head,
                          bool accumulate, const Matrix& sums) {
@@ -199,8 +199,8 @@ void add_weight_gradient(const Call& call, const Matrix& queries, int64_t count,
 // ---- Tokens of a sample that are no padding ----
 
 bool is_padding(const PromptCompress& problem, int64_t sample, int64_t place) {
-  const int64_t* strides = problem.padding_strides;
-  return problem.padding && problem.padding[sample * strides[0] + place * strides[1]];
+  const Padding& padding = problem.padding;
+  return padding.data && padding.data[sample * padding.batch_stride + place * padding.token_stride];
 }
 
 // Their places, into own.places; returns how many.
@@ -218,7 +218,7 @@ int64_t gather_tokens(const PromptCompress& problem, int64_t sample, const Scrat
   for (int64_t i = 0; i < count; ++i) {
     const char* token = at(problem.visual, sample * problem.tokens + own.places[i]);
     own.rows[i] = own.tokens.data ? own.tokens.row(i) : (const float*)token;
-    if (own.tokens.data) stage_row<Dot>(problem.visual.dtype, token, problem.token_width, own.tokens.row(i));
+    if (own.tokens.data) stage_row<Dot>(problem.visual.dtype, token, problem.visual_width, own.tokens.row(i));
   }
   return count;
 }
@@ -235,9 +235,8 @@ void gather_row(const Scratch& own, int64_t count, const float* spread, float* r
 
 // own.kept[i] for the tokens of a row: 0 or 1 / (1 - dropout_p); without dropout the ones written at first stay.
 void draw_dropout(const PromptCompress& problem, const Scratch& own, int64_t row, int64_t count) {
-  if (!problem.dropout) return;
   const uint64_t first = (uint64_t)row * problem.tokens;
-  dropout_factors(problem.seed, first, problem.dropout_threshold, problem.kept_scale, problem.tokens, own.kept);
+  dropout_factors(problem.dropout, first, problem.tokens, own.kept);
   gather_row(own, count, own.kept, own.kept);
 }
 
@@ -317,7 +316,7 @@ void dot_tokens(const Call& call, const Scratch& own, const Block& block, int64_
                 const Matrix& results) {
   row_dots<Dot>(
       block.rows, [&](int64_t i) { return rows.row(block.first + i); }, own.rows, count,
-      row_words<Dot>(call.problem.token_width), results.row(block.first), results.stride);
+      row_words<Dot>(call.problem.visual_width), results.row(block.first), results.stride);
 }
 
 // The block's rows of factors, floats, as words in their place.

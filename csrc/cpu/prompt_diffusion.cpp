@@ -9,7 +9,9 @@
 // bf16 activations on a machine with bf16 dot products stay bf16 as operands (w R and dS are rounded to bf16, as
 // eager PyTorch rounds them); everything else is widened to float32. The sums are float32 in both cases.
 
-#include "prompt_diffusion.h"
+#include "../prompt_diffusion.h"
+
+#include <math.h>
 
 #include "gemm.h"
 #include "parallel.h"
@@ -19,6 +21,11 @@
 
 namespace fast_prompt::cpu::FAST_PROMPT_ISA {
 namespace {
+
+struct Call : PromptDiffusion {
+  float scale;  // e^s
+  bool softmax, max_weight;
+};
 
 // ---- Packed weights ----
 
@@ -51,7 +58,7 @@ const float* pack_all(const Runtime& runtime, const Rows& w, int64_t n, int64_t 
 // ---- One row of scores. Rows are padded to whole registers; the padding always holds zeros. ----
 
 // S -> relu(S) or softmax(S), in place.
-void activate(const PromptDiffusion& problem, float* s) {
+void activate(const Call& problem, float* s) {
   const int64_t p = problem.num_prompts, padded = packed_columns(p);
   for (int64_t c = p; c < padded; ++c) s[c] = problem.softmax ? -__builtin_inff() : 0.0f;
   if (!problem.softmax) {
@@ -74,7 +81,7 @@ void activate(const PromptDiffusion& problem, float* s) {
 }
 
 // w of a row of activations whose elements count kept[c] times; NaN if one of them is NaN.
-float row_weight(const PromptDiffusion& problem, const float* activations, const float* kept) {
+float row_weight(const Call& problem, const float* activations, const float* kept) {
   if (!problem.max_weight) return 1.0f;
   Floats largest = {}, not_a_number = {};
   for (int64_t c = 0; c < problem.num_prompts; c += LANES) {
@@ -86,25 +93,24 @@ float row_weight(const PromptDiffusion& problem, const float* activations, const
 }
 
 // kept[c] for a row: 0 or 1 / (1 - dropout_p). Without dropout the ones written by keep_all stay.
-void draw_dropout(const PromptDiffusion& problem, int64_t row, float* kept) {
+void draw_dropout(const Call& problem, int64_t row, float* kept) {
   const uint64_t first = (uint64_t)row * problem.num_prompts;
-  if (problem.dropout)
-    dropout_factors(problem.seed, first, problem.dropout_threshold, problem.kept_scale, problem.num_prompts, kept);
+  dropout_factors(problem.dropout, first, problem.num_prompts, kept);
 }
 
-void keep_all(const PromptDiffusion& problem, float* kept) {
+void keep_all(const Call& problem, float* kept) {
   for (int64_t c = 0; c < problem.num_prompts; c += LANES) store(kept + c, broadcast(1.0f));
 }
 
 // S -> factor w R.
-void weigh_scores(const PromptDiffusion& problem, float factor, float* s, const float* kept) {
+void weigh_scores(const Call& problem, float factor, float* s, const float* kept) {
   activate(problem, s);
   factor *= row_weight(problem, s, kept);
   for (int64_t c = 0; c < problem.num_prompts; c += LANES) store(s + c, load(s + c) * load(kept + c) * factor);
 }
 
-// S and D = G P^T -> e^s w R and dS, in place; returns sum(R * dR), the row's part of the gradient of log_scale.
-float differentiate_scores(const PromptDiffusion& problem, float* s, float* d, const float* kept) {
+// S and D = G P^T -> e^s w R and dS, in place.
+void differentiate_scores(const Call& problem, float* s, float* d, const float* kept) {
   activate(problem, s);
   const float factor = problem.scale * row_weight(problem, s, kept);
   const int64_t p = problem.num_prompts;
@@ -121,7 +127,6 @@ float differentiate_scores(const PromptDiffusion& problem, float* s, float* d, c
     if (problem.softmax) store(d + c, a * (load(d + c) - total));
     store(s + c, a * load(kept + c) * factor);
   }
-  return total;
 }
 
 // ---- One row of activations, in its own dtype ----
@@ -136,7 +141,7 @@ float dot(const void* a, const void* b, int64_t width) {
 // ---- Tiles ----
 
 // Rows whose arithmetic is worth waking a thread for.
-int64_t rows_worth_a_thread(const PromptDiffusion& problem) {
+int64_t rows_worth_a_thread(const Call& problem) {
   return 1 + (1 << 18) / (problem.width * (problem.num_prompts + 8));
 }
 
@@ -148,7 +153,7 @@ struct Tile {
   float *operand, *transposed, *panel;      // w R or dS as words; the same by columns; a panel of X or G
   float* kept;
 
-  Tile(const PromptDiffusion& problem, int64_t tile_rows, bool backward, float* memory = nullptr)
+  Tile(const Call& problem, int64_t tile_rows, bool backward, float* memory = nullptr)
       : rows(tile_rows),
         wide(spread_stride(packed_columns(problem.width))),
         tall(spread_stride(packed_columns(problem.num_prompts))) {
@@ -185,7 +190,7 @@ const float* as_words(const float* scores, int64_t count, int64_t columns, int64
 // ---- Forward ----
 
 template <class Dot>
-void forward_tile(const PromptDiffusion& problem, const float* keys, const float* prompts, const Rows& output,
+void forward_tile(const Call& problem, const float* keys, const float* prompts, const Rows& output,
                   const Tile& tile, int64_t first, int64_t count) {
   const int64_t width = problem.width, p = problem.num_prompts, next = first + count;
   const Operand source = as_operand<Dot>(problem.source, first, count, width, tile.source, tile.wide);
@@ -258,7 +263,7 @@ void few_outputs(const float* scores, const float* prompts, int64_t stride, int6
 }
 
 template <class Storage, int R>
-void few_rows(const PromptDiffusion& problem, const float* keys, const float* prompts, int64_t stride,
+void few_rows(const Call& problem, const float* keys, const float* prompts, int64_t stride,
               const Rows& output, int64_t first, float* kept) {
   const char *source[R], *hidden[R], *next[R];
   for (int i = 0; i < R; ++i) {
@@ -276,7 +281,7 @@ void few_rows(const PromptDiffusion& problem, const float* keys, const float* pr
   few_outputs<Storage, R>(scores, prompts, stride, problem.num_prompts, hidden, problem.scale, problem.width, result);
 }
 
-void forward_few(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+void forward_few(const Call& problem, const Rows& output, const Runtime& runtime) {
   const int64_t width = problem.width, p = problem.num_prompts, stride = spread_stride(packed_columns(width));
   float* keys = allocate_floats(runtime, round_up(p, FEW_BLOCK) * stride);
   float* prompts = allocate_floats(runtime, p * stride);
@@ -300,7 +305,7 @@ void forward_few(const PromptDiffusion& problem, const Rows& output, const Runti
 }
 
 template <class Dot>
-void forward_with(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+void forward_with(const Call& problem, const Rows& output, const Runtime& runtime) {
   const float* keys = pack_all_transposed<Dot>(runtime, problem.keys, problem.num_prompts, problem.width);
   const float* prompts = pack_all<Dot>(runtime, problem.prompts, problem.num_prompts, problem.width);
   const Run runs = split_rows(runtime, problem.rows, rows_worth_a_thread(problem));
@@ -329,15 +334,15 @@ struct BackwardRun {
 };
 
 bool needs_scores(const PromptDiffusionGradients& gradients) {
-  return gradients.source.data || gradients.prompts.data || gradients.keys.data || gradients.log_scale;
+  return gradients.source.data || gradients.prompts.data || gradients.keys.data;
 }
 
 bool needs_score_gradients(const PromptDiffusionGradients& gradients) {
-  return gradients.source.data || gradients.keys.data || gradients.log_scale;
+  return gradients.source.data || gradients.keys.data;
 }
 
-// dH, and the part of the gradient of log_scale that H has.
-void backward_hidden(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, int64_t first,
+// dH, and the gradient of log_scale: Y is e^s times what has no part in s.
+void backward_hidden(const Call& problem, const PromptDiffusionGradients& gradients, int64_t first,
                      int64_t count, BackwardRun& run) {
   with_storage(gradients.grad.dtype, [&](auto storage) {
     typedef decltype(storage) Storage;
@@ -349,13 +354,12 @@ void backward_hidden(const PromptDiffusion& problem, const PromptDiffusionGradie
         });
     }
     for (int64_t row = first; gradients.log_scale && row < first + count; ++row)
-      run.log_scale += (double)problem.scale *
-                       dot<Storage>(at(gradients.grad, row), at(problem.hidden, row), problem.width);
+      run.log_scale += dot<Storage>(at(gradients.grad, row), at(gradients.output, row), problem.width);
   });
 }
 
 template <class Dot>
-void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Tile& tile,
+void backward_tile(const Call& problem, const PromptDiffusionGradients& gradients, const Tile& tile,
                    int64_t first, int64_t count, bool accumulate, BackwardRun& run) {
   const int64_t width = problem.width, p = problem.num_prompts, padded = packed_columns(p);
   const int64_t next = first + count, ahead = smaller(count, problem.rows - next);
@@ -376,12 +380,12 @@ void backward_tile(const PromptDiffusion& problem, const PromptDiffusionGradient
   if (needs_score_gradients(gradients))
     multiply<Dot, Layout::ROWS>({count, padded, words<Dot>(width), grad.words, grad.stride, run.prompts_transposed,
                                  tile.dscores, tile.tall, false,
-                                 rows_ahead(problem.hidden, next, problem.hidden, next, ahead, width)});
+                                 rows_ahead(gradients.output, next, gradients.output, next, ahead, width)});
   for (int64_t i = 0; i < count; ++i) {
     float *s = tile.scores + i * tile.tall, *d = tile.dscores + i * tile.tall;
     draw_dropout(problem, first + i, tile.kept);
     if (needs_score_gradients(gradients)) {
-      run.log_scale += differentiate_scores(problem, s, d, tile.kept);
+      differentiate_scores(problem, s, d, tile.kept);
     } else {
       weigh_scores(problem, problem.scale, s, tile.kept);
     }
@@ -425,7 +429,7 @@ void write_sums(const Runtime& runtime, const Rows& target, float* sums, int64_t
 }
 
 template <class Dot>
-void backward_with(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients,
+void backward_with(const Call& problem, const PromptDiffusionGradients& gradients,
                    const Runtime& runtime) {
   const int64_t p = problem.num_prompts, width = problem.width;
   BackwardRun shared{};
@@ -476,10 +480,17 @@ void backward_with(const PromptDiffusion& problem, const PromptDiffusionGradient
 // ---- The way in ----
 
 #if defined(__AVX512BF16__)
-bool in_bf16(const PromptDiffusion& problem) { return problem.source.dtype == Dtype::BFLOAT16; }
+bool in_bf16(const Call& problem) { return problem.source.dtype == Dtype::BFLOAT16; }
 #endif
 
-void forward(const PromptDiffusion& problem, const Rows& output, const Runtime& runtime) {
+Call call_of(const PromptDiffusion& problem) {
+  return {problem, expf(*problem.log_scale), problem.activation == DiffusionActivation::SOFTMAX,
+          problem.row_weight == RowWeight::MAX};
+}
+
+void forward(const PromptDiffusion& given, const PromptDiffusionResults& results, const Runtime& runtime) {
+  const Call problem = call_of(given);
+  const Rows& output = results.output;
   if (problem.num_prompts <= FEW) return forward_few(problem, output, runtime);
 #if defined(__AVX512BF16__)
   if (in_bf16(problem)) return forward_with<Bf16Pairs>(problem, output, runtime);
@@ -487,7 +498,8 @@ void forward(const PromptDiffusion& problem, const Rows& output, const Runtime& 
   forward_with<Fp32>(problem, output, runtime);
 }
 
-void backward(const PromptDiffusion& problem, const PromptDiffusionGradients& gradients, const Runtime& runtime) {
+void backward(const PromptDiffusion& given, const PromptDiffusionGradients& gradients, const Runtime& runtime) {
+  const Call problem = call_of(given);
 #if defined(__AVX512BF16__)
   if (in_bf16(problem)) return backward_with<Bf16Pairs>(problem, gradients, runtime);
 #endif
@@ -496,6 +508,6 @@ void backward(const PromptDiffusion& problem, const PromptDiffusionGradients& gr
 
 }  // namespace
 
-extern const PromptDiffusionKernels prompt_diffusion{forward, backward};
+extern const PromptDiffusionKernels<Runtime> prompt_diffusion{forward, backward};
 
 }  // namespace fast_prompt::cpu::FAST_PROMPT_ISA

@@ -1,22 +1,14 @@
-// What a kernel sees of the outside world, with no word of torch: tensors as plain rows, memory, threads.
-// Data only: an inline function here would be compiled once per instruction set and merged by the linker.
+// What a CPU kernel sees of the outside world beside its problem: memory and threads.
 
 #pragma once
 
-#include <stdint.h>
+#include "../problem.h"
 
 namespace fast_prompt::cpu {
 
-enum class Dtype : int { FLOAT32, BFLOAT16, FLOAT16 };
-
-// [batch, rows, width]; any strides (in elements) but the last, which is 1. A matrix is a single batch.
-struct Rows {
-  char* data;  // null: absent
-  Dtype dtype;
-  int64_t rows_per_batch, batch_stride, row_stride;
-};
-
 struct Runtime {
+  typedef void Status;  // nothing goes wrong
+
   int64_t threads;
   void* context;
   // Memory, 64-byte aligned, that lives until the kernel's caller returns.

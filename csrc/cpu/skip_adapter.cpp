@@ -10,7 +10,7 @@
 // bf16 activations on a machine with bf16 dot products are multiplied as bf16 (z, t and their gradients are rounded to
 // it); everything else is widened to float32. The sums are float32 in both cases.
 
-#include "skip_adapter.h"
+#include "../skip_adapter.h"
 
 #include "skip_adapter_backward.h"
 #include "skip_adapter_few_rows.h"
@@ -93,8 +93,10 @@ void with_dot([[maybe_unused]] const SkipAdapter& problem, Action action) {
   action(Fp32{});
 }
 
-void forward(const SkipAdapter& problem, const Rows& output, char* hidden, const Runtime& runtime) {
-  with_dot(problem, [&](auto dot) { forward_with<decltype(dot)>(problem, output, hidden, runtime); });
+void forward(const SkipAdapter& problem, const SkipAdapterResults& results, const Runtime& runtime) {
+  with_dot(problem, [&](auto dot) {
+    forward_with<decltype(dot)>(problem, results.output, (char*)results.hidden, runtime);
+  });
 }
 
 void backward(const SkipAdapter& problem, const SkipAdapterGradients& gradients, const Runtime& runtime) {
@@ -103,6 +105,6 @@ void backward(const SkipAdapter& problem, const SkipAdapterGradients& gradients,
 
 }  // namespace
 
-extern const SkipAdapterKernels skip_adapter{forward, backward};
+extern const SkipAdapterKernels<Runtime> skip_adapter{forward, backward};
 
 }  // namespace fast_prompt::cpu::FAST_PROMPT_ISA

@@ -69,7 +69,7 @@ struct Pass {
   }
   Forms forms() const {
     const SkipAdapter& problem = call.problem;
-    const bool again = problem.norm == Norm::LAYER_AFTER || (!problem.route && problem.adapters > 1);
+    const bool again = problem.norm == SkipNorm::LAYER_AFTER || (!problem.route && problem.adapters > 1);
     return {false, again, true, true};
   }
 };
@@ -80,10 +80,10 @@ float* row_of(float* sums, int64_t index, int64_t stride) { return sums ? sums +
 void recall_hidden(const Pass& pass, int64_t layer, const Block& block, const Tile& tile, float* slopes) {
   const Call& call = pass.call;
   const int64_t width = call.problem.adapter_width, row = layer * call.all_rows() + block.first;
-  with_storage(hidden_dtype(call.problem.x.dtype), [&](auto storage) {
+  with_storage(call.problem.hidden_dtype, [&](auto storage) {
     typedef decltype(storage) Storage;
     for (int64_t i = 0; i < block.count; ++i) {
-      const char* kept = pass.gradients.hidden + (row + i) * width * sizeof(typename Storage::Element);
+      const char* kept = (const char*)pass.gradients.hidden + (row + i) * width * sizeof(typename Storage::Element);
       for_each_vector<Storage>(width, [&](int64_t c, auto load_row, auto) {
         store(tile.hidden + i * tile.tall + c, load_row(kept));
       });
@@ -169,7 +169,7 @@ void write_gradients(const Call& call, const Adapter& adapter, const float* dh, 
   const int64_t width = problem.width;
   const Product product{count, packed_columns(width), words<Dot>(problem.adapter_width), dh, tile.tall,
                         adapter.down_gradient, nullptr, 0, false, {}};
-  const bool direct = problem.residual != Residual::NONE, through_norm = problem.residual == Residual::NORMED;
+  const bool direct = problem.residual != SkipResidual::NONE, through_norm = problem.residual == SkipResidual::NORMED;
   const Dtype type = result.rows.data ? result.rows.dtype : Dtype::FLOAT32;
   const auto finish_blocks = [&](auto storage, bool add_grad, auto finish) {
     multiply_blocks<Dot>(product, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums) {
@@ -227,7 +227,7 @@ void backward_adapter(const Pass& pass, const Adapter& adapter, int64_t index, i
   float* norm_weight = row_of(sums.norm_weight, index, sums.wide);
   float* norm_bias = row_of(sums.norm_bias, index, sums.wide);
   Span dv = grad;
-  if (problem.norm == Norm::LAYER_AFTER)
+  if (problem.norm == SkipNorm::LAYER_AFTER)
     dv = differentiate_norm_after<Dot>(call, adapter, weighted, grad, count, tile, norm_weight, norm_bias);
   const Operand dv_words = grad_as_words<Dot>(call, dv, count, tile);
   project_back<Dot>(call, adapter, dv_words, count, ahead, tile);
@@ -263,7 +263,7 @@ void backward_block(const Pass& pass, const Adapter* adapters, const Block& bloc
   };
   for (int64_t i = 0; i + 1 < count; ++i) {
     const Adapter& adapter = adapters[first + i];
-    if (problem.residual == Residual::NORMED) norm_rows<Dot>(call, adapter, x_of(i), block.count, tile);
+    if (problem.residual == SkipResidual::NORMED) norm_rows<Dot>(call, adapter, x_of(i), block.count, tile);
     recall_hidden(pass, i, block, tile, nullptr);
     write_results<Dot>(call, adapter, x_of(i), x_of(i + 1), block.count, tile);
   }

@@ -21,7 +21,7 @@ bool lies_in_words(const Rows& weight, int64_t width) {
 template <class Dot>
 bool has_few_rows(const Call& call) {
   const SkipAdapter& problem = call.problem;
-  return call.rows() <= FEW_ROWS && !problem.gates && !problem.route && problem.norm != Norm::LAYER_AFTER &&
+  return call.rows() <= FEW_ROWS && !problem.gates && !problem.route && problem.norm != SkipNorm::LAYER_AFTER &&
          lies_in_words<Dot>(problem.down_weight, problem.width) &&
          lies_in_words<Dot>(problem.up_weight, problem.adapter_width);
 }

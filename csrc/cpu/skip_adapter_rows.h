@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#include "skip_adapter.h"
+#include "../skip_adapter.h"
 #include "vector.h"
 
 namespace fast_prompt::cpu::FAST_PROMPT_ISA {
@@ -158,9 +158,9 @@ struct Gelu {
 
 // Calls action with the activation.
 template <class Action>
-void with_activation(Activation activation, Action action) {
-  if (activation == Activation::RELU) return action(Relu{});
-  if (activation == Activation::SILU) return action(Silu{});
+void with_activation(SkipActivation activation, Action action) {
+  if (activation == SkipActivation::RELU) return action(Relu{});
+  if (activation == SkipActivation::SILU) return action(Silu{});
   action(Gelu{});
 }
 

@@ -5,7 +5,7 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "philox.h"
-#include "skip_adapter.h"
+#include "../skip_adapter.h"
 #include "skip_adapter_rows.h"
 #include "tiles.h"
 #include "vector.h"
@@ -77,8 +77,8 @@ struct Call {
 };
 
 Call make_call(const SkipAdapter& problem, const Runtime& runtime) {
-  const bool normed_before = problem.norm == Norm::LAYER || problem.norm == Norm::RMS;
-  Call call{problem, runtime, normed_before, problem.norm == Norm::RMS, problem.width / problem.groups,
+  const bool normed_before = problem.norm == SkipNorm::LAYER || problem.norm == SkipNorm::RMS;
+  Call call{problem, runtime, normed_before, problem.norm == SkipNorm::RMS, problem.width / problem.groups,
             problem.adapter_width / problem.groups, nullptr, 0, problem.tokens};
   int64_t* samples = allocate<int64_t>(runtime, problem.batch);
   call.samples = samples;
@@ -391,8 +391,7 @@ Operand norm_rows(const Call& call, const Adapter& adapter, const Span& x, int64
 // tile.kept for a hidden row: 0 or 1 / (1 - dropout_p). Without dropout the ones written at first stay.
 void draw_dropout(const SkipAdapter& problem, int64_t hidden_row, float* kept) {
   const uint64_t first = (uint64_t)hidden_row * problem.adapter_width;
-  if (problem.dropout)
-    dropout_factors(problem.seed, first, problem.dropout_threshold, problem.kept_scale, problem.adapter_width, kept);
+  dropout_factors(problem.dropout, first, problem.adapter_width, kept);
 }
 
 // h of the rows of W_d z in tile.hidden, in their place; kept where `hidden` wants them.
@@ -403,7 +402,7 @@ inline void finish_hidden(const Call& call, const Adapter& adapter, int64_t hidd
     float* h = tile.hidden + i * tile.tall;
     for (int64_t c = 0; c < width; c += LANES) store(h + c, load(h + c) + load(adapter.down_bias + c));
     if (hidden)
-      with_storage(hidden_dtype(call.problem.x.dtype), [&](auto storage) {
+      with_storage(call.problem.hidden_dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
         write_row<Storage>(h, width, hidden + (hidden_row + i) * width * sizeof(typename Storage::Element));
       });
@@ -503,8 +502,8 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
       // v(i), and what is added to it, of some rows.
       const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t end, const auto& v) {
         const char* const* const in = x_row + row;
-        if (problem.residual == Residual::NONE) return write(row, rows, column, end, v);
-        if (problem.residual == Residual::INPUT)
+        if (problem.residual == SkipResidual::NONE) return write(row, rows, column, end, v);
+        if (problem.residual == SkipResidual::INPUT)
           return write(row, rows, column, end, [=](int64_t i) { return v(i) + get<In>(in[i], column, end); });
         const Floats weight = load(adapter.norm_weight + column), bias = load(adapter.norm_bias + column);
         write(row, rows, column, end, [=, of = tile.moments + row](int64_t i) {
@@ -512,7 +511,7 @@ void write_results(const Call& call, const Adapter& adapter, const Span& x, cons
           return v(i) + added + normed(added, of[i], weight, bias);
         });
       };
-      if (problem.norm != Norm::LAYER_AFTER)
+      if (problem.norm != SkipNorm::LAYER_AFTER)
         return project([&](const UpColumns& v) {
           finish(v.row, v.rows, v.column, v.end, [v](int64_t i) { return v[i]; });
         });

@@ -18,8 +18,9 @@
 
 namespace {
 
-using fast_prompt::cpu::Dtype;
-using fast_prompt::cpu::Rows;
+using fast_prompt::Dropout;
+using fast_prompt::Dtype;
+using fast_prompt::Rows;
 using fast_prompt::cpu::Runtime;
 
 #if defined(__AVX512F__)

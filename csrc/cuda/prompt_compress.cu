@@ -33,8 +33,7 @@
 //
 // Compiled once per type of the activations, FAST_PROMPT_ELEMENT: float32, bfloat16 or float16.
 
-#include "prompt_compress.h"
-
+#include "kernels.h"
 #include "prompt_compress_call.cuh"
 #include "prompt_compress_rows.cuh"
 
@@ -57,30 +56,30 @@ void PromptCompressCall::absorb(const Rows& activations, const Rows& weight, flo
                    of_heads(activations), weights, of_rows(operand, pitch, operand_rows), factor, row_scale, {},
                    pitch);
   };
-  given.float_weights ? with(of_weight<float>(weight)) : with(of_weight<T>(weight));
+  given.key_weight.dtype == Dtype::FLOAT32 ? with(of_weight<float>(weight)) : with(of_weight<T>(weight));
 }
 
-void PromptCompressCall::project(const float* row_values, const Rows& weight, void* result, float factor,
+void PromptCompressCall::project(const float* row_values, const Rows& weight, const Rows& result, float factor,
                                  const float* weight_sums) {
   const Stack<float> row_bias = weight_sums ? of_rows(weight_sums, 1) : Stack<float>{};
   const auto with = [&](const auto& weights) {
     product<ByColumn>(given.heads, given.batch * given.queries, given.visual_width, given.head_width,
-                      of_rows(row_values, given.visual_width), weights, of_heads(contiguous_rows(result)), factor, {},
+                      of_rows(row_values, given.visual_width), weights, of_heads(result), factor, {},
                       row_bias);
   };
-  given.float_weights ? with(of_weight<float>(weight)) : with(of_weight<T>(weight));
+  given.key_weight.dtype == Dtype::FLOAT32 ? with(of_weight<float>(weight)) : with(of_weight<T>(weight));
 }
 
-const float* PromptCompressCall::attend(const T* keys, int64_t operand_rows, const PromptCompressResults& results,
+const float* PromptCompressCall::attend(const T* keys, int64_t operand_rows, const PromptCompressKept& kept,
                                         float* weight_sums) {
   const auto& choice = choose(ATTENDS, given.visual_width, device);
   const TokenPass<T> pass = describe(keys, operand_rows, choice.width);
-  const SoftmaxResults found{results.probabilities, scratch<RowSums>(pass.splits * row_count)};
-  float* const attended = results.attended ? results.attended : scratch<float>(row_count * given.visual_width);
+  const SoftmaxResults found{kept.probabilities, scratch<RowSums>(pass.splits * row_count)};
+  float* const attended = kept.attended ? kept.attended : scratch<float>(row_count * given.visual_width);
   pass_over(choice, pass, found);
-  const Combination all{pass.parts, found.sums, row_count, pass.splits, pass.tokens, pass.width, given.kept_scale};
-  launches.add(combine_kernel, blocks_of(row_count, 1), ROW_THREADS, 0, all, attended, results.logsumexp, weight_sums,
-               results.probabilities);
+  const Combination all{pass.parts, found.sums, row_count, pass.splits, pass.tokens, pass.width, given.dropout.kept_scale};
+  launches.add(combine_kernel, blocks_of(row_count, 1), ROW_THREADS, 0, all, attended, kept.logsumexp, weight_sums,
+               kept.probabilities);
   return attended;
 }
 
@@ -88,8 +87,8 @@ const char* PromptCompressCall::forward(const PromptCompressResults& results) {
   T* const keys = scratch<T>(row_count * pitch);
   absorb(given.query, given.key_weight, scale, nullptr, keys, rows);
   float* const weight_sums = scratch<float>(row_count);
-  const float* attended = attend(keys, rows, results, weight_sums);
-  project(attended, given.value_weight, results.output, 1, given.value_bias ? weight_sums : nullptr);
+  const float* attended = attend(keys, rows, results.kept, weight_sums);
+  project(attended, given.value_weight, results.output, 1, given.value_bias.data ? weight_sums : nullptr);
   return launches.error();
 }
 
@@ -101,6 +100,6 @@ const char* forward(const PromptCompress& given, const PromptCompressResults& re
 
 }  // namespace
 
-extern const PromptCompressKernels prompt_compress{forward, prompt_compress_backward};
+extern const PromptCompressKernels<Runtime> prompt_compress{forward, prompt_compress_backward};
 
 }  // namespace fast_prompt::cuda::FAST_PROMPT_ELEMENT

@@ -96,8 +96,6 @@ class PromptCompressCall {
   // [batch * queries, head_width] for each head, of [batch, queries, heads * head_width].
   Stack<T> of_heads(const Rows& all) const { return stack(matrix<T>(all), given.head_width); }
 
-  Rows contiguous_rows(void* data) const { return {data, given.batch * given.queries, 0, inner_width()}; }
-
   // [head_width, visual_width] for each head.
   template <class W>
   Stack<W> of_weight(const Rows& weight) const {
@@ -132,7 +130,7 @@ class PromptCompressCall {
     all.scale = factor;
     all.row_scale = row_scale;
     all.row_bias = row_bias;
-    if (row_bias.matrix.data) all.bias = static_cast<const B*>(given.value_bias);
+    if (row_bias.matrix.data) all.bias = data_of<const B>(given.value_bias);
     const int64_t tiles = ceil_div(result_rows, L::ROWS) * ceil_div(all.stored_columns, L::COLUMNS);
     launches.add(product_kernel<A, B, C, L>, blocks_of(count * tiles, 1), L::THREADS,
                  L::STAGES * L::template STAGE_BYTES<A, B>, all);
@@ -143,7 +141,7 @@ class PromptCompressCall {
               int64_t operand_rows);
 
   // Back from sums of tokens to the width of the activations: each head of the row values through its weight.
-  void project(const float* row_values, const Rows& weight, void* result, float factor,
+  void project(const float* row_values, const Rows& weight, const Rows& result, float factor,
                const float* weight_sums = nullptr);
 
   // ---- Passes over the tokens ----
@@ -169,9 +167,9 @@ class PromptCompressCall {
     pass.split_tokens = static_cast<int>(ceil_div(tiles, splits)) * TILE;
     pass.splits = static_cast<int>(ceil_div(given.tokens, pass.split_tokens));
     pass.parts = scratch<float>(pass.splits * row_count * given.visual_width);
-    pass.seed = given.seed;
-    pass.dropout_threshold = given.dropout_threshold;
-    pass.kept_scale = given.kept_scale;
+    pass.seed = given.dropout.seed;
+    pass.dropout_threshold = given.dropout.threshold;
+    pass.kept_scale = given.dropout.kept_scale;
     return pass;
   }
 
@@ -182,7 +180,7 @@ class PromptCompressCall {
   }
 
   // Writes all results but the output; returns the weighted sums of tokens, kept or not.
-  const float* attend(const T* keys, int64_t operand_rows, const PromptCompressResults& results, float* weight_sums);
+  const float* attend(const T* keys, int64_t operand_rows, const PromptCompressKept& kept, float* weight_sums);
 
  private:
   int64_t unsplit_blocks(const TokenPass<T>& pass) const { return given.batch * ceil_div(rows, TILE) * pass.groups; }

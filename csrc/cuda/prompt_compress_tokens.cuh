@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "prompt_compress.h"
+#include "../prompt_compress.h"
 #include "tile.cuh"
 
 namespace fast_prompt::cuda::compress {

@@ -32,8 +32,7 @@
 //
 // Compiled once per type of the activations, FAST_PROMPT_ELEMENT: float32, bfloat16 or float16.
 
-#include "prompt_diffusion.h"
-
+#include "kernels.h"
 #include "prompt_diffusion_call.cuh"
 #include "prompt_diffusion_forward.cuh"
 
@@ -54,19 +53,20 @@ constexpr Choice<ForwardLaunch> FORWARD = {L::ROWS, L::COLUMNS, L::template shar
 constexpr Choice<ForwardLaunch> FORWARDS[] = {FORWARD<Wide16>,  FORWARD<Small64>,  FORWARD<Wide64>,
                                               FORWARD<Tall208>, FORWARD<Small256>, FORWARD<Wide256>};
 
-const char* forward(const PromptDiffusion& given, void* output, const Runtime& runtime) {
+const char* forward(const PromptDiffusion& given, const PromptDiffusionResults& results, const Runtime& runtime) {
+  T* const output = data_of<T>(results.output);
   const Device device;
   Launches launches(runtime.stream);
   Problem<T> problem = describe(given, false, runtime, launches);
   problem.aligned = problem.aligned && reinterpret_cast<uintptr_t>(output) % PIECE_BYTES == 0;
   const auto* choice = choose(FORWARDS, problem.rows, problem.num_prompts, device);
   if (!choice) return TOO_LITTLE_SHARED_MEMORY;
-  choice->launch(problem, static_cast<T*>(output), device, launches);
+  choice->launch(problem, output, device, launches);
   return launches.error();
 }
 
 }  // namespace
 
-extern const PromptDiffusionKernels prompt_diffusion{forward, prompt_diffusion_backward};
+extern const PromptDiffusionKernels<Runtime> prompt_diffusion{forward, prompt_diffusion_backward};
 
 }  // namespace fast_prompt::cuda::FAST_PROMPT_ELEMENT

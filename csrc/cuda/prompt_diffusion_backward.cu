@@ -74,11 +74,12 @@ const char* prompt_diffusion_backward(const PromptDiffusion& given, const Prompt
   const int64_t row_tiles = ceil_div(problem.rows, choice->rows);
   RowGradients<T> rows{};
   rows.grad = matrix<T>(gradients.grad);
-  rows.hidden = static_cast<T*>(gradients.hidden);
-  rows.source = static_cast<T*>(gradients.source);
+  rows.hidden = data_of<T>(gradients.hidden);
+  rows.source = data_of<T>(gradients.source);
+  rows.output = matrix<T>(gradients.output);
   rows.coefficient_pitch = static_cast<int>(ceil_div(problem.num_prompts, 8) * 8);
   if (gradients.log_scale) rows.log_scale = allocate<float>(runtime, row_tiles);
-  problem.aligned = problem.aligned && is_aligned(rows.grad) && is_aligned(contiguous(rows.hidden, 0, 0)) &&
+  problem.aligned = problem.aligned && is_aligned(rows.grad) && is_aligned(rows.output) && is_aligned(contiguous(rows.hidden, 0, 0)) &&
                     is_aligned(contiguous(rows.source, 0, 0));
 
   // The gradients of P and K that are wanted: their coefficients, and what these multiply.
@@ -88,8 +89,8 @@ const char* prompt_diffusion_backward(const PromptDiffusion& given, const Prompt
     float** units;
     const Matrix<T>& activations;
   };
-  const Wanted candidates[] = {{gradients.prompts, &rows.prompt_coefficients, &rows.prompt_units, rows.grad},
-                               {gradients.keys, &rows.key_coefficients, &rows.key_units, problem.source}};
+  const Wanted candidates[] = {{gradients.prompts.data, &rows.prompt_coefficients, &rows.prompt_units, rows.grad},
+                               {gradients.keys.data, &rows.key_coefficients, &rows.key_units, problem.source}};
   WeightGradients<T> weights{};
   void* results[2] = {};
   int wanted = 0;
@@ -123,7 +124,7 @@ const char* prompt_diffusion_backward(const PromptDiffusion& given, const Prompt
     else
       launch_weight_gradients<Weights128>(weights, wanted, splits, launches);
   }
-  if (given.float_weights)
+  if (given.prompts.dtype == Dtype::FLOAT32)
     reduce<float>(weights, results, wanted, splits, rows.log_scale, row_tiles, gradients.log_scale, launches);
   else
     reduce<T>(weights, results, wanted, splits, rows.log_scale, row_tiles, gradients.log_scale, launches);

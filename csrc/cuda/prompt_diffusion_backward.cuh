@@ -13,16 +13,16 @@ namespace {
 // are divided by a power of two, its unit, so that fp16 neither overflows nor underflows.
 template <class T>
 struct RowGradients {
-  Matrix<T> grad;
+  Matrix<T> grad, output;
   T *hidden, *source;
   T *prompt_coefficients, *key_coefficients;
   float *prompt_units, *key_units;  // [row tiles]
   float* log_scale;                 // [row tiles], each tile's part
   int coefficient_pitch;
 
-  __device__ bool need_products() const { return source || key_coefficients || log_scale; }
+  __device__ bool need_products() const { return source || key_coefficients; }
   __device__ bool need_scores() const { return need_products() || prompt_coefficients; }
-  __device__ bool need_grad() const { return need_products() || hidden; }
+  __device__ bool need_grad() const { return need_products() || hidden || log_scale; }
 };
 
 template <class T, class L>
@@ -99,25 +99,25 @@ class BackwardTiles {
   }
 };
 
-// dH = e^s G for a chunk of G in shared memory; returns the thread's part of sum(G * H) if that is wanted.
+// dH = e^s G for a chunk of G in shared memory; returns the thread's part of sum(G * Y) if that is wanted.
 template <class T, class L>
 __device__ inline float pass_grad_on(const Problem<T>& problem, const RowGradients<T>& gradients, const T* tile,
                                      int64_t first_row, int chunk, float scale) {
   float overlap = 0;
-  const RowsFrom<T> hidden_rows(problem.hidden, first_row);
+  const RowsFrom<T> output_rows(gradients.output, first_row);
   for_each_piece<T, L::ROWS, CHUNK<T>, L::THREADS, 1>(
       threadIdx.x, first_row, problem.rows, chunk * CHUNK<T>, problem.width, [&](int row, int column, int count) {
         if (count == 0) return;
         const int64_t global_row = first_row + row, global_column = chunk * CHUNK<T> + column;
         const T* grad = tile + row * PITCH<T> + column;
-        const T* hidden = hidden_rows[row] + global_column;
+        const T* output = output_rows[row] + global_column;
         T* result = gradients.hidden + global_row * problem.width + global_column;
         if (problem.aligned && count == PADDING<T>) {
           const Piece<T> g = *reinterpret_cast<const Piece<T>*>(grad);
           if (gradients.log_scale) {
-            const Piece<T> h = *reinterpret_cast<const Piece<T>*>(hidden);
+            const Piece<T> y = *reinterpret_cast<const Piece<T>*>(output);
 #pragma unroll
-            for (int i = 0; i < PADDING<T>; ++i) overlap += to_float(g.element[i]) * to_float(h.element[i]);
+            for (int i = 0; i < PADDING<T>; ++i) overlap += to_float(g.element[i]) * to_float(y.element[i]);
           }
           if (gradients.hidden) {
             Piece<T> scaled;
@@ -128,7 +128,7 @@ __device__ inline float pass_grad_on(const Problem<T>& problem, const RowGradien
         } else {
 #pragma unroll 1
           for (int i = 0; i < count; ++i) {
-            if (gradients.log_scale) overlap += to_float(grad[i]) * to_float(hidden[i]);
+            if (gradients.log_scale) overlap += to_float(grad[i]) * to_float(output[i]);
             if (gradients.hidden) assign(result[i], scale * to_float(grad[i]));
           }
         }
@@ -313,10 +313,7 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
     }
 
     if (gradients.log_scale) {
-      float part = scale * overlap;
-      if (place.column_warp == 0 && place.pair == 0)
-        for (int slot = 0; slot < L::SLOTS; ++slot) part += derivative.moment[slot];
-      part = reduce_block<L::THREADS>(part, block_exchange + 2 * L::WARPS, Add());
+      const float part = reduce_block<L::THREADS>(overlap, block_exchange + 2 * L::WARPS, Add());
       if (threadIdx.x == 0) gradients.log_scale[row_tile] = part;
     }
     if (threadIdx.x == 0 && gradients.prompt_units) gradients.prompt_units[row_tile] = derivative.prompt_unit;

@@ -3,8 +3,8 @@
 
 #pragma once
 
+#include "../prompt_diffusion.h"
 #include "launch.cuh"
-#include "prompt_diffusion.h"
 #include "prompt_diffusion_rows.cuh"
 
 namespace fast_prompt::cuda::FAST_PROMPT_ELEMENT {
@@ -45,7 +45,7 @@ Problem<T> describe(const PromptDiffusion& given, bool backward, const Runtime& 
   Problem<T> problem{};
   problem.hidden = matrix<T>(given.hidden);
   problem.source = matrix<T>(given.source);
-  if (given.float_weights && !std::is_same<T, float>::value) {
+  if (given.prompts.dtype == Dtype::FLOAT32 && !std::is_same<T, float>::value) {
     problem.prompts = rounded_weights(given.prompts, given.num_prompts, given.width, runtime, launches,
                                       backward ? &problem.prompts_rest : nullptr);
     problem.keys = rounded_weights(given.keys, given.num_prompts, given.width, runtime, launches,
@@ -58,11 +58,11 @@ Problem<T> describe(const PromptDiffusion& given, bool backward, const Runtime& 
   problem.width = static_cast<int>(given.width);
   problem.num_prompts = static_cast<int>(given.num_prompts);
   problem.log_scale = given.log_scale;
-  problem.seed = given.seed;
-  problem.softmax = given.softmax;
-  problem.max_weight = given.max_weight;
-  problem.dropout_threshold = given.dropout_threshold;
-  problem.kept_scale = given.kept_scale;
+  problem.seed = given.dropout.seed;
+  problem.softmax = given.activation == DiffusionActivation::SOFTMAX;
+  problem.max_weight = given.row_weight == RowWeight::MAX;
+  problem.dropout_threshold = given.dropout.threshold;
+  problem.kept_scale = given.dropout.kept_scale;
   problem.aligned = given.width * sizeof(T) % PIECE_BYTES == 0 && is_aligned(problem.hidden) &&
                     is_aligned(problem.source) && is_aligned(problem.prompts) && is_aligned(problem.keys);
   return problem;

@@ -1,21 +1,17 @@
-// What the launchers of every op take: matrices in device memory, a stream, scratch memory. This header needs no CUDA.
+// What a launch needs of its caller beside its problem. This header needs no CUDA.
 
 #pragma once
 
-#include <cstdint>
+#include "../problem.h"
 
 namespace fast_prompt::cuda {
 
-// Rows in device memory, elements of a row side by side; strides in elements. A batch of matrices is numbered through.
-struct Rows {
-  void* data;
-  int64_t rows_per_batch, batch_stride, row_stride;
-};
-
-// What a launch needs of its caller: a stream, and scratch memory that lives until the stream has passed it.
 struct Runtime {
+  typedef const char* Status;  // null, or what is wrong
+
   void* stream;
   void* context;
+  // Memory that lives until the stream has passed it.
   void* (*allocate)(void* context, int64_t bytes);
 };
 

@@ -37,8 +37,7 @@
 //
 // Compiled once per type of the activations, FAST_PROMPT_ELEMENT: float32, bfloat16 or float16.
 
-#include "skip_adapter.h"
-
+#include "kernels.h"
 #include "skip_adapter_call.cuh"
 #include "skip_adapter_forward.cuh"
 
@@ -76,28 +75,28 @@ SkipAdapterCall::SkipAdapterCall(const SkipAdapter& given, const Runtime& runtim
     : given(given), runtime(runtime), launches(runtime.stream) {
   const bool apart = given.gates || given.route;
   problem.x = matrix<T>(given.x);
-  problem.rows = given.batch * given.rows;
-  problem.sample_rows = apart ? given.rows : problem.rows;
+  problem.rows = given.batch * given.tokens;
+  problem.sample_rows = apart ? given.tokens : problem.rows;
   problem.width = static_cast<int>(given.width);
-  problem.hidden_width = static_cast<int>(given.hidden_width);
+  problem.adapter_width = static_cast<int>(given.adapter_width);
   problem.experts = static_cast<int>(given.experts);
   problem.groups = static_cast<int>(given.groups);
   problem.group_width = problem.width / problem.groups;
-  problem.expert_width = problem.hidden_width / problem.groups;
+  problem.expert_width = problem.adapter_width / problem.groups;
   problem.adapters = given.route ? 1 : static_cast<int>(given.adapters);
   problem.scale = given.scale;
   problem.gates = given.gates;
   problem.route = given.route;
-  problem.seed = given.seed;
+  problem.seed = given.dropout.seed;
   problem.norm = given.norm;
   problem.activation = given.activation;
   problem.residual = given.residual;
   problem.eps = given.eps;
-  problem.dropout_threshold = given.dropout_threshold;
-  problem.kept_scale = given.kept_scale;
-  problem.down_weight = parameters(given.down_weight, given.adapters, given.hidden_width, given.width);
+  problem.dropout_threshold = given.dropout.threshold;
+  problem.kept_scale = given.dropout.kept_scale;
+  problem.down_weight = parameters(given.down_weight, given.adapters, given.adapter_width, given.width);
   problem.up_weight = parameters(given.up_weight, given.adapters, given.width, problem.up_depth());
-  problem.down_bias = parameters(given.down_bias, 1, given.adapters, given.hidden_width);
+  problem.down_bias = parameters(given.down_bias, 1, given.adapters, given.adapter_width);
   problem.up_bias = parameters(given.up_bias, 1, given.gates ? given.experts : given.adapters, given.width);
   problem.norm_weight = parameters(given.norm_weight, 1, given.adapters, given.width);
   problem.norm_bias = parameters(given.norm_bias, 1, given.adapters, given.width);
@@ -110,7 +109,7 @@ SkipAdapterCall::SkipAdapterCall(const SkipAdapter& given, const Runtime& runtim
 // float32 beside half activations is rounded first.
 Matrix<T> SkipAdapterCall::parameters(const Rows& given_rows, int64_t count, int64_t rows, int64_t width) {
   Matrix<T> found = matrix<T>(given_rows);
-  if (found.data && given.float_weights && !std::is_same<T, float>::value) {
+  if (found.data && given.down_weight.dtype == Dtype::FLOAT32 && !std::is_same<T, float>::value) {
     const int64_t elements = count * rows * width;
     T* const rounded = scratch<T>(elements);
     launches.add(round_parameters_kernel, blocks_of(elements, ROUNDING_THREADS), ROUNDING_THREADS, 0,
@@ -143,7 +142,7 @@ bool SkipAdapterCall::pass_rows(Problem<T> pass, const RowResults<T>& results) {
 
 const char* SkipAdapterCall::forward(const SkipAdapterResults& results) {
   const bool launched = pass_rows(
-      problem, {Purpose::forward, static_cast<T*>(results.output), static_cast<T*>(results.hidden), nullptr});
+      problem, {Purpose::forward, data_of<T>(results.output), static_cast<T*>(results.hidden), nullptr});
   return launched ? launches.error() : TOO_LITTLE_SHARED_MEMORY;
 }
 
@@ -155,6 +154,6 @@ const char* forward(const SkipAdapter& given, const SkipAdapterResults& results,
 
 }  // namespace
 
-extern const SkipAdapterKernels skip_adapter{forward, skip_adapter_backward};
+extern const SkipAdapterKernels<Runtime> skip_adapter{forward, skip_adapter_backward};
 
 }  // namespace fast_prompt::cuda::FAST_PROMPT_ELEMENT

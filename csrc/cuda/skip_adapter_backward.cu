@@ -37,10 +37,10 @@ class Backward : SkipAdapterCall {
         return TOO_LITTLE_SHARED_MEMORY;
       inputs.push_back(contiguous<T>(output, problem.rows, problem.width));
     }
-    if (given.norm == SkipNorm::layer || given.norm == SkipNorm::rms) sum_weights();
+    if (given.norm == SkipNorm::LAYER || given.norm == SkipNorm::RMS) sum_weights();
     Matrix<T> grad = matrix<T>(gradients.grad);
     for (int adapter = problem.adapters - 1; adapter >= 0; --adapter) {
-      T* const x = adapter > 0 ? row_scratch() : static_cast<T*>(gradients.x);
+      T* const x = adapter > 0 ? row_scratch() : data_of<T>(gradients.x);
       if (!differentiate(single(adapter, inputs[adapter]), gradients, grad, x)) return TOO_LITTLE_SHARED_MEMORY;
       grad = contiguous<T>(x, problem.rows, problem.width);
     }
@@ -62,45 +62,45 @@ class Backward : SkipAdapterCall {
   }
 
   void sum_weights() {
-    weighted_sums = scratch<float>(given.adapters * 2 * given.hidden_width);
-    launches.add(weighted_sums_kernel<T>, dim3(blocks_of(given.hidden_width, SUM_LANES), given.adapters), SUM_THREADS,
+    weighted_sums = scratch<float>(given.adapters * 2 * given.adapter_width);
+    launches.add(weighted_sums_kernel<T>, dim3(blocks_of(given.adapter_width, SUM_LANES), given.adapters), SUM_THREADS,
                  0, problem, weighted_sums);
   }
 
   // All of one adapter's gradients, that of its rows to `x` (null: not wanted).
   bool differentiate(Problem<T> pass, const SkipAdapterGradients& wanted, const Matrix<T>& grad, T* x) {
-    const bool normed = pass.norm == SkipNorm::layer || pass.norm == SkipNorm::rms;
-    const bool norm_wanted = wanted.norm_weight || wanted.norm_bias, dots_wanted = wanted.scale || wanted.gates;
+    const bool normed = pass.norm == SkipNorm::LAYER || pass.norm == SkipNorm::RMS;
+    const bool norm_wanted = wanted.norm_weight.data || wanted.norm_bias.data, dots_wanted = wanted.scale || wanted.gates;
     const auto* choice = choose(BACKWARDS, pass, device);
     if (!choice) return false;
     RowGradients<T> rows{};
     rows.grad = grad;
     rows.derivative = grad;
-    if (pass.norm == SkipNorm::layer_after && !derive(pass, wanted, grad, rows.derivative)) return false;
+    if (pass.norm == SkipNorm::LAYER_AFTER && !derive(pass, wanted, grad, rows.derivative)) return false;
     pass.aligned = pass.aligned && is_aligned(pass.x) && is_aligned(grad) && is_aligned(contiguous<T>(x, 0, 0));
     const int64_t tiles = tiles_of_sample(choice->rows), warps = choice->threads / 32;
-    rows.hidden = static_cast<const T*>(wanted.hidden) + pass.first_adapter * pass.rows * pass.hidden_width;
+    rows.hidden = static_cast<const T*>(wanted.hidden) + pass.first_adapter * pass.rows * pass.adapter_width;
     rows.x = x;
     rows.weighted_sums = weighted_sums;
     rows.up_pitch = pass.groups * group_pitch(pass.up_depth());
-    rows.down_pitch = group_pitch(pass.hidden_width);
-    const bool down_products = wanted.down_weight || (normed && wanted.norm_weight);
-    if (wanted.up_weight) rows.up_operand = scratch<T>(pass.rows * rows.up_pitch);
+    rows.down_pitch = group_pitch(pass.adapter_width);
+    const bool down_products = wanted.down_weight.data || (normed && wanted.norm_weight.data);
+    if (wanted.up_weight.data) rows.up_operand = scratch<T>(pass.rows * rows.up_pitch);
     if (down_products) rows.down_operand = scratch<T>(pass.rows * rows.down_pitch);
     if (down_products && normed) rows.norms = scratch<RowNorm>(pass.rows);
-    if (wanted.down_weight || wanted.down_bias || (normed && norm_wanted))
-      rows.hidden_sums = scratch<float>(samples * tiles * choice->row_warps * pass.hidden_width);
+    if (wanted.down_weight.data || wanted.down_bias.data || (normed && norm_wanted))
+      rows.hidden_sums = scratch<float>(samples * tiles * choice->row_warps * pass.adapter_width);
     if (dots_wanted) rows.expert_sums = scratch<float>(samples * tiles * warps * pass.experts);
-    if (wanted.up_bias || (dots_wanted && pass.up_bias.data))
+    if (wanted.up_bias.data || (dots_wanted && pass.up_bias.data))
       rows.result_sums = scratch<float>(samples * tiles * warps * pass.width);
-    if (pass.residual == SkipResidual::normed && norm_wanted)
+    if (pass.residual == SkipResidual::NORMED && norm_wanted)
       rows.norm_sums = scratch<float>(samples * tiles * warps * 2 * pass.width);
     launches.add(choice->kernel, row_blocks(choice->rows, choice->blocks), choice->threads, choice->shared_bytes(pass),
                  pass, rows);
 
     const float* const result_sums = sum_parts(rows.result_sums, tiles * warps, pass.width);
-    if (wanted.up_bias)
-      vector_gradient(pass, result_sums, pass.width, pass.width, pass.scale, static_cast<W*>(wanted.up_bias), true);
+    if (wanted.up_bias.data)
+      vector_gradient(pass, result_sums, pass.width, pass.width, pass.scale, data_of<W>(wanted.up_bias), true);
     if (dots_wanted) scalar_gradients(pass, wanted, rows.expert_sums, result_sums, tiles * warps);
     weight_gradients(pass, wanted, rows, tiles, *choice);
     return true;
@@ -117,10 +117,10 @@ class Backward : SkipAdapterCall {
     float* const norm_sums = scratch<float>(samples * parts * 2 * pass.width);
     pass_rows(pass, {Purpose::derive, output, static_cast<T*>(const_cast<void*>(wanted.hidden)), norm_sums});
     const float* const sums = sum_parts(norm_sums, parts, 2 * pass.width);
-    if (wanted.norm_weight)
-      vector_gradient(pass, sums, pass.width, 2 * pass.width, nullptr, static_cast<W*>(wanted.norm_weight));
-    if (wanted.norm_bias)
-      vector_gradient(pass, sums + pass.width, pass.width, 2 * pass.width, nullptr, static_cast<W*>(wanted.norm_bias));
+    if (wanted.norm_weight.data)
+      vector_gradient(pass, sums, pass.width, 2 * pass.width, nullptr, data_of<W>(wanted.norm_weight));
+    if (wanted.norm_bias.data)
+      vector_gradient(pass, sums + pass.width, pass.width, 2 * pass.width, nullptr, data_of<W>(wanted.norm_bias));
     return true;
   }
 
@@ -181,22 +181,22 @@ class Backward : SkipAdapterCall {
                                  pass.aligned && group_width % PADDING<T> == 0, nullptr};
     if (rows.down_operand)
       all.wanted[all.tasks++] = {contiguous<T>(rows.down_operand, pass.rows, rows.down_pitch), pass.x, rows.norms,
-                                 1, pass.hidden_width, 0, pass.width, pass.aligned, nullptr};
+                                 1, pass.adapter_width, 0, pass.width, pass.aligned, nullptr};
     const int splits = all.tasks ? multiply_rows(all) : 0;
     if (rows.up_operand) {
       const int64_t elements = int64_t{pass.up_depth()} * pass.width;
       launches.add(up_gradient_kernel<W>, dim3(blocks_of(elements, SUM_THREADS), parallel_adapters), SUM_THREADS, 0,
                    all.wanted[0].parts, splits, pass.up_depth(), pass.width,
                    pass.scale ? pass.scale + pass.first_adapter : nullptr,
-                   static_cast<W*>(wanted.up_weight) + pass.first_adapter * elements);
+                   data_of<W>(wanted.up_weight) + pass.first_adapter * elements);
     }
     if (!rows.hidden_sums) return;
-    const int64_t elements = int64_t{pass.hidden_width} * pass.width;
-    const float* const hidden_sums = sum_parts(rows.hidden_sums, tiles * choice.row_warps, pass.hidden_width);
-    if (wanted.down_bias)
-      vector_gradient(pass, hidden_sums, pass.hidden_width, pass.hidden_width, nullptr,
-                      static_cast<W*>(wanted.down_bias));
-    const bool normed = pass.norm != SkipNorm::layer_after;
+    const int64_t elements = int64_t{pass.adapter_width} * pass.width;
+    const float* const hidden_sums = sum_parts(rows.hidden_sums, tiles * choice.row_warps, pass.adapter_width);
+    if (wanted.down_bias.data)
+      vector_gradient(pass, hidden_sums, pass.adapter_width, pass.adapter_width, nullptr,
+                      data_of<W>(wanted.down_bias));
+    const bool normed = pass.norm != SkipNorm::LAYER_AFTER;
     const float* const norm_sums = sum_parts(rows.norm_sums, tiles * choice.threads / 32, 2 * pass.width);
     const auto of_adapters = [&](const float* sums, int columns) -> const float* {
       if (!sums) return nullptr;
@@ -204,16 +204,16 @@ class Backward : SkipAdapterCall {
       vector_gradient(pass, sums, columns, columns, nullptr, found);
       return found + int64_t{pass.first_adapter} * columns;
     };
-    const auto offset = [&](void* gradient, int64_t of_adapter) {
-      return gradient ? static_cast<W*>(gradient) + pass.first_adapter * of_adapter : nullptr;
+    const auto offset = [&](const Rows& gradient, int64_t of_adapter) {
+      return gradient.data ? data_of<W>(gradient) + pass.first_adapter * of_adapter : nullptr;
     };
     const DownGradient<T, W> down{rows.down_operand ? all.wanted[all.tasks - 1].parts : nullptr,
-                                  of_adapters(hidden_sums, pass.hidden_width),
+                                  of_adapters(hidden_sums, pass.adapter_width),
                                   rows.down_operand ? splits : 0,
                                   pass.first_adapter,
                                   offset(wanted.down_weight, elements),
-                                  offset(normed ? wanted.norm_weight : nullptr, pass.width),
-                                  offset(normed ? wanted.norm_bias : nullptr, pass.width),
+                                  offset(normed ? wanted.norm_weight : Rows{}, pass.width),
+                                  offset(normed ? wanted.norm_bias : Rows{}, pass.width),
                                   of_adapters(norm_sums, 2 * pass.width)};
     launches.add(down_gradient_kernel<T, W>, dim3(blocks_of(pass.width, 32), parallel_adapters), SUM_THREADS,
                  SUM_THREADS * sizeof(float), pass, down);
@@ -250,7 +250,7 @@ class Backward : SkipAdapterCall {
 
 const char* skip_adapter_backward(const SkipAdapter& given, const SkipAdapterGradients& gradients,
                                   const Runtime& runtime) {
-  return given.float_weights ? Backward<float>(given, runtime).run(gradients)
+  return given.down_weight.dtype == Dtype::FLOAT32 ? Backward<float>(given, runtime).run(gradients)
                              : Backward<T>(given, runtime).run(gradients);
 }
 

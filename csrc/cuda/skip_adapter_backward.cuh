@@ -13,16 +13,16 @@ namespace {
 template <class T>
 struct RowGradients {
   Matrix<T> derivative, grad;  // dv; the result's gradient
-  const T* hidden;             // [rows, hidden_width]
+  const T* hidden;             // [rows, adapter_width]
   T* x;                        // [rows, width]
   T* up_operand;               // [rows, up_pitch]: t, each group's expert after expert and times its gate
   T* down_operand;             // [rows, down_pitch]: dh
   RowNorm* norms;              // [rows]
-  float* hidden_sums;          // [row tiles, ROW_WARPS, hidden_width], of dh
+  float* hidden_sums;          // [row tiles, ROW_WARPS, adapter_width], of dh
   float* expert_sums;          // [row tiles, WARPS, experts], of dv . W_u t for each expert, without its gate
   float* result_sums;          // [row tiles, WARPS, width], of dv
   float* norm_sums;            // [row tiles, WARPS, 2, width], of grad * (x - mean) / deviation, and of grad
-  const float* weighted_sums;  // [2, hidden_width] for each adapter: sum_k W_d norm_weight, b_d + sum_k W_d norm_bias
+  const float* weighted_sums;  // [2, adapter_width] for each adapter: sum_k W_d norm_weight, b_d + sum_k W_d norm_bias
   int up_pitch, down_pitch;
 
   __device__ bool needs_grad_of_z() const { return x || norm_sums; }
@@ -30,7 +30,7 @@ struct RowGradients {
 
 template <class T, class L>
 constexpr int64_t backward_shared_bytes(const Problem<T>& problem) {
-  const int64_t operand = L::ROWS * int64_t{group_pitch(problem.hidden_width) + PADDING<T>};
+  const int64_t operand = L::ROWS * int64_t{group_pitch(problem.adapter_width) + PADDING<T>};
   return (L::STAGES * int64_t{L::template STAGE<T>(2)} + operand) * static_cast<int64_t>(sizeof(T)) +
          L::ROWS * 4 * sizeof(float);
 }
@@ -83,7 +83,7 @@ class BackwardLoader {
     if (!tile.exists()) return;
     T* const norms = stage + L::template WEIGHTS<T>;
     T* const rows = norms + L::template NORMS<T>;
-    const bool last = !up && block == L::blocks(problem.hidden_width) - 1, normed = last && problem.normed_before();
+    const bool last = !up && block == L::blocks(problem.adapter_width) - 1, normed = last && problem.normed_before();
     if (up || normed) load_rows<T, L>(rows, problem, up ? gradients.derivative : problem.x, tile, chunk);
     if (normed) load_norm<T, L>(norms, problem, tile.adapter, chunk);
     if (last) load_rows<T, L>(rows + L::template TILE<T>, problem, gradients.grad, tile, chunk);
@@ -104,7 +104,7 @@ class BackwardLoader {
   }
 
   __device__ void advance_down() {
-    if (++block < L::blocks(problem.hidden_width)) return;
+    if (++block < L::blocks(problem.adapter_width)) return;
     block = 0;
     if (++chunk == problem.chunks()) restart();
   }
@@ -137,7 +137,7 @@ struct BackwardBlock {
   float *norms, *row_sums;  // [ROWS, 2] each: mean and 1 / deviation; the sums that the norm's backward needs
 
   __device__ BackwardBlock(const Problem<T>& problem, const RowGradients<T>& gradients)
-      : problem(problem), gradients(gradients), pitch(group_pitch(problem.hidden_width) + PADDING<T>) {
+      : problem(problem), gradients(gradients), pitch(group_pitch(problem.adapter_width) + PADDING<T>) {
     stages = reinterpret_cast<T*>(ptx::dynamic_shared());
     operand = stages + L::STAGES * L::template STAGE<T>(2);
     norms = reinterpret_cast<float*>(operand + L::ROWS * pitch);
@@ -166,7 +166,7 @@ __device__ inline void measure_rows(const BackwardBlock<T, L>& block, const RowT
     const RowNorm norm =
         measure_row(problem, threadIdx.x % 8, [&](int chunk) { return read(problem.x, global_row, chunk); });
     float slope = 0, moment = 0;
-    for (int chunk = 0; problem.residual == SkipResidual::normed && chunk < problem.chunks(); ++chunk) {
+    for (int chunk = 0; problem.residual == SkipResidual::NORMED && chunk < problem.chunks(); ++chunk) {
       const Piece<T> x = read(problem.x, global_row, chunk), g = read(grad, global_row, chunk);
       const Piece<T> weight = read(problem.norm_weight, tile.adapter, chunk);
 #pragma unroll
@@ -240,9 +240,9 @@ __device__ inline void fill_hidden(const BackwardBlock<T, L>& block, const RowTi
     const int64_t global_row = tile.first_row + row;
     const int column = first_column + block_column;
     const int64_t kept_row = problem.first_adapter * problem.rows + global_row;
-    const T* const hidden = block.gradients.hidden + global_row * problem.hidden_width + column;
+    const T* const hidden = block.gradients.hidden + global_row * problem.adapter_width + column;
     float factor[4];
-    dropout_factors(problem, kept_row * problem.hidden_width + column, factor);
+    dropout_factors(problem, kept_row * problem.adapter_width + column, factor);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (block_column + i >= left) continue;
@@ -312,7 +312,7 @@ __device__ inline void finish_hidden(const BackwardBlock<T, L>& block, const Row
   });
   if (!block.gradients.hidden_sums) return;
   const int64_t part = tile.index * L::ROW_WARPS + place.first_row / (L::M * 16);
-  float* const parts = block.gradients.hidden_sums + part * problem.hidden_width + first_hidden(problem, columns);
+  float* const parts = block.gradients.hidden_sums + part * problem.adapter_width + first_hidden(problem, columns);
 #pragma unroll
   for (int i = 0; i < 2 * L::N; ++i) {
     const int within = place.first_column + i / 2 * 8 + place.pair * 2 + i % 2;
@@ -356,7 +356,7 @@ template <class T, class L>
 __device__ inline void pass_hidden_on(const BackwardBlock<T, L>& block, const RowTile<T, L>& tile) {
   const Problem<T>& problem = block.problem;
   const RowGradients<T>& gradients = block.gradients;
-  const int width = problem.hidden_width;
+  const int width = problem.adapter_width;
   __syncthreads();
   const int pieces = gradients.down_pitch / PADDING<T>;
   for (int i = threadIdx.x; gradients.down_operand && i < L::ROWS * pieces; i += L::THREADS) {
@@ -379,7 +379,7 @@ __device__ inline void pass_hidden_on(const BackwardBlock<T, L>& block, const Ro
     moment = reduce_lanes<7>(moment, Add());
     if (threadIdx.x % 8 != 0) continue;
     float* const sums = block.row_sums + 2 * row;
-    sums[0] = problem.norm == SkipNorm::layer ? (sums[0] + slope) * per_element : 0;
+    sums[0] = problem.norm == SkipNorm::LAYER ? (sums[0] + slope) * per_element : 0;
     sums[1] = (sums[1] + moment) * per_element;
   }
   __syncthreads();
@@ -412,10 +412,10 @@ __device__ inline void differentiate_rows(const BackwardBlock<T, L>& block, Weig
   for (int chunk = 0; chunk < problem.chunks(); ++chunk) {
     Sums<L::M, L::template WARP_CHUNK<T> / 8> sums;
     T* stage = nullptr;
-    for (int hidden_block = 0; hidden_block < L::blocks(problem.hidden_width); ++hidden_block) {
+    for (int hidden_block = 0; hidden_block < L::blocks(problem.adapter_width); ++hidden_block) {
       stage = weights.next();
       multiply_by_columns(sums, block.operand + place.first_row * block.pitch + hidden_block * L::COLUMNS, block.pitch,
-                          stage + block.warp_column(), PITCH<T>, depth_of<L>(hidden_block, problem.hidden_width),
+                          stage + block.warp_column(), PITCH<T>, depth_of<L>(hidden_block, problem.adapter_width),
                           place.lane);
     }
     const T* const norm_weight = stage + L::template WEIGHTS<T> + block.warp_column();
@@ -424,13 +424,13 @@ __device__ inline void differentiate_rows(const BackwardBlock<T, L>& block, Weig
     const T* const x = x_tile + place.first_row * PITCH<T> + block.warp_column();
     T* const grad = x_tile + L::template TILE<T> + place.first_row * PITCH<T> + block.warp_column();
     const auto finish = [&](float dz, float g, const T& x, const T& weight, int slot) {
-      if (problem.residual == SkipResidual::normed) dz += g;
+      if (problem.residual == SkipResidual::NORMED) dz += g;
       if (normed) {
         const float* const sums = block.row_sums + 2 * place.row(slot);
         const RowNorm norm{block.norms[2 * place.row(slot)], block.norms[2 * place.row(slot) + 1]};
         dz = norm.rstd * (dz * to_float(weight) - sums[0] - norm(to_float(x)) * sums[1]);
       }
-      return problem.residual == SkipResidual::none ? dz : dz + g;
+      return problem.residual == SkipResidual::NONE ? dz : dz + g;
     };
     for_each_pair(sums, place.pair, [&](float& first, float& second, int slot, int column) {
       const int offset = (place.row(slot) - place.first_row) * PITCH<T> + column;

@@ -12,7 +12,7 @@ constexpr int64_t forward_shared_bytes(const Problem<T>& problem) {
   const int64_t elements = L::STAGES * int64_t{L::template STAGE<T>(L::RESIDENT ? 0 : 1)} +
                            L::ROWS * int64_t{operand_pitch(problem)} +
                            (L::RESIDENT ? problem.chunks() * int64_t{L::template TILE<T>} : 0);
-  const int exchanged = problem.norm == SkipNorm::layer_after ? 5 * L::COLUMN_WARPS : 0;
+  const int exchanged = problem.norm == SkipNorm::LAYER_AFTER ? 5 * L::COLUMN_WARPS : 0;
   return elements * static_cast<int64_t>(sizeof(T)) + L::ROWS * (2 + exchanged) * sizeof(float);
 }
 
@@ -30,10 +30,10 @@ class ForwardLoader {
   __device__ ForwardLoader(const Problem<T>& problem, const RowResults<T>& results)
       : problem(problem),
         chunks(problem.chunks()),
-        down_blocks(L::blocks(problem.hidden_width)),
+        down_blocks(L::blocks(problem.adapter_width)),
         up_blocks(L::blocks(problem.up_depth())),
         first_pass(results.purpose == Purpose::forward ? 0 : 1),
-        last_pass(problem.norm == SkipNorm::layer_after ? 2 : 1),
+        last_pass(problem.norm == SkipNorm::LAYER_AFTER ? 2 : 1),
         tile(problem),
         pass(first_pass) {}
 
@@ -103,7 +103,7 @@ struct ForwardBlock {
 
   // Of the hidden layer, with those that pad the operand; with gates without, since nothing but zeros is ever there.
   __device__ int operand_columns() const {
-    return problem.gates ? problem.hidden_width : group_pitch(problem.hidden_width);
+    return problem.gates ? problem.adapter_width : group_pitch(problem.adapter_width);
   }
   // The chunk of the rows, from the stage of the step that needs it.
   __device__ T* rows(T* stage, int chunk) const {
@@ -193,7 +193,7 @@ __device__ inline void write_hidden(const ForwardBlock<T, L>& block, int adapter
   for (int i = 0; i < 2 * L::N; ++i) {
     const int column = first_column + block.place.first_column + i / 2 * 8 + block.place.pair * 2 + i % 2;
     if (column >= end_column) continue;
-    const float bias = down_bias && column < problem.hidden_width ? to_float(down_bias[column]) : 0;
+    const float bias = down_bias && column < problem.adapter_width ? to_float(down_bias[column]) : 0;
     T* const target = block.operand + operand_column(problem, column);
 #pragma unroll
     for (int slot = 0; slot < L::SLOTS; ++slot)
@@ -207,7 +207,7 @@ __device__ inline void finish_hidden(const ForwardBlock<T, L>& block, const RowT
                                      int first_column) {
   const Problem<T>& problem = block.problem;
   const bool again = block.results.purpose != Purpose::forward;
-  const int width = problem.hidden_width, end_column = block.operand_columns();
+  const int width = problem.adapter_width, end_column = block.operand_columns();
   for_each_hidden(block.place, [&](int row, int block_column) {
     const int column = first_column + block_column;
     const int64_t global_row = tile.first_row + row;
@@ -362,8 +362,8 @@ __device__ inline void finish_rows(const ForwardBlock<T, L>& block, int adapter,
                                    const RowNorm (&norm)[L::SLOTS], const NormAfter<L>& after, T* rows,
                                    Sums<L::M, N>& sums) {
   const Problem<T>& problem = block.problem;
-  const bool derive = block.results.purpose == Purpose::derive, normed_after = problem.norm == SkipNorm::layer_after;
-  const bool reads_norm = derive || normed_after || problem.residual == SkipResidual::normed;
+  const bool derive = block.results.purpose == Purpose::derive, normed_after = problem.norm == SkipNorm::LAYER_AFTER;
+  const bool reads_norm = derive || normed_after || problem.residual == SkipResidual::NORMED;
   const auto read = [&](const Matrix<T>& vectors, float(&values)[2 * N]) {
     const T* const vector = reads_norm ? problem.vector(vectors, adapter) : nullptr;
     read_columns<N>(vector, first_column + block.place.pair * 2, problem.width, values);
@@ -378,8 +378,8 @@ __device__ inline void finish_rows(const ForwardBlock<T, L>& block, int adapter,
              (norm_weight[i] * x - after.slope[slot] - after.norm(slot)(v) * after.moment[slot]);
     if (normed_after) v = after.norm(slot)(v) * norm_weight[i] + norm_bias[i];
     switch (problem.residual) {
-      case SkipResidual::none: return v;
-      case SkipResidual::input: return v + x;
+      case SkipResidual::NONE: return v;
+      case SkipResidual::INPUT: return v + x;
       default: return v + x + (norm[slot](x) * norm_weight[i] + norm_bias[i]);
     }
   };
@@ -432,7 +432,7 @@ __device__ inline void project_up(const ForwardBlock<T, L>& block, Weights& weig
   const int adapter = tile.adapter + turn;
   const bool derive = block.results.purpose == Purpose::derive;
   NormAfter<L> after;
-  bool measuring = problem.norm == SkipNorm::layer_after;
+  bool measuring = problem.norm == SkipNorm::LAYER_AFTER;
 #pragma unroll 1
   for (int chunk = 0; chunk < block.chunks;) {
     Sums<L::M, N> sums;
@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
         for (int slot = 0; slot < L::SLOTS; ++slot)
           norm[slot] = {block.norms[2 * block.place.row(slot)], block.norms[2 * block.place.row(slot) + 1]};
       }
-      for (int columns = 0; columns < problem.hidden_width; columns += L::COLUMNS) {
+      for (int columns = 0; columns < problem.adapter_width; columns += L::COLUMNS) {
         Sums<L::M, L::N> sums;
         if (results.purpose == Purpose::forward) {
           down_product<T, L>(block, weights, norm, sums);

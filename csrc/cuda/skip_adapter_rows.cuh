@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "skip_adapter.h"
+#include "../skip_adapter.h"
 #include "tile.cuh"
 
 namespace fast_prompt::cuda::skip {
@@ -18,7 +18,7 @@ struct Problem {
   const float *scale, *gates;
   const int64_t *route, *seed;
   int64_t rows, sample_rows;  // of all samples; of one, where gates or a route tell them apart, else of all
-  int width, hidden_width;
+  int width, adapter_width;
   int experts, groups;                // both 1 without gates
   int group_width, expert_width;      // of a group: columns of the result, and hidden ones
   int first_adapter, adapters;        // that a launch applies one after the other
@@ -30,7 +30,7 @@ struct Problem {
   float kept_scale;
   bool aligned;  // every address and stride, the outputs' too, is a multiple of 16 bytes
 
-  __device__ bool normed_before() const { return norm == SkipNorm::layer || norm == SkipNorm::rms; }
+  __device__ bool normed_before() const { return norm == SkipNorm::LAYER || norm == SkipNorm::RMS; }
   __host__ __device__ int chunks() const { return static_cast<int>(ceil_div(width, CHUNK<T>)); }
   __host__ __device__ int up_depth() const { return experts * expert_width; }  // columns of the up weight
   __device__ float scale_of(int adapter) const { return scale ? scale[adapter] : 1; }
@@ -64,7 +64,7 @@ template <class T>
 struct RowResults {
   Purpose purpose;
   T* output;              // [rows, width]
-  T* hidden;              // [adapters, rows, hidden_width]; written by `forward` unless null, else read
+  T* hidden;              // [adapters, rows, adapter_width]; written by `forward` unless null, else read
   float* norm_sums;       // derive: [row tiles, ROW_WARPS, 2, width], parts of the norm's weight's and bias's gradients
 };
 
@@ -199,7 +199,7 @@ class Ring {
 template <class T, class L>
 __device__ inline void load_down_weight(T* tile, const Problem<T>& problem, int adapter, int block, int chunk) {
   load_tile<L::COLUMNS, CHUNK<T>, L::THREADS>(tile, PITCH<T>, problem.weight(problem.down_weight, adapter),
-                                              block * L::COLUMNS, problem.hidden_width, chunk * CHUNK<T>,
+                                              block * L::COLUMNS, problem.adapter_width, chunk * CHUNK<T>,
                                               problem.width, problem.aligned);
 }
 
@@ -268,7 +268,7 @@ __device__ inline RowNorm measure_row(const Problem<T>& problem, int piece_of_ch
     return reduce_lanes<7>(total, Add());
   };
   const float per_element = 1.0f / static_cast<float>(problem.width);
-  if (problem.norm == SkipNorm::rms)
+  if (problem.norm == SkipNorm::RMS)
     return {0, rsqrtf(sum([](float x) { return x * x; }) * per_element + problem.eps)};
   const float mean = sum([](float x) { return x; }) * per_element;
   float left = 0;
@@ -330,16 +330,16 @@ constexpr float SQRT_HALF = 0.70710678f, INVERSE_SQRT_2_PI = 0.39894228f;
 
 __device__ inline float activate(SkipActivation activation, float h) {
   switch (activation) {
-    case SkipActivation::relu: return h < 0 ? 0 : h;  // keeps NaN
-    case SkipActivation::silu: return h / (1 + expf(-h));
+    case SkipActivation::RELU: return h < 0 ? 0 : h;  // keeps NaN
+    case SkipActivation::SILU: return h / (1 + expf(-h));
     default: return 0.5f * h * (1 + erff(h * SQRT_HALF));
   }
 }
 
 __device__ inline float activation_slope(SkipActivation activation, float h) {
   switch (activation) {
-    case SkipActivation::relu: return h <= 0 ? 0 : 1;
-    case SkipActivation::silu: {
+    case SkipActivation::RELU: return h <= 0 ? 0 : 1;
+    case SkipActivation::SILU: {
       const float sigmoid = 1 / (1 + expf(-h));
       return sigmoid * (1 + h * (1 - sigmoid));
     }

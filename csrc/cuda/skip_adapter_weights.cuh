@@ -231,8 +231,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
 // z = weight * xhat + bias: dW_d = P weight + dh bias, and for the norm itself sum_j W_d P and sum_j W_d dh.
 template <class T, class W>
 struct DownGradient {
-  const float* parts;        // [adapters, splits, hidden_width, width]
-  const float* hidden_sums;  // [adapters, hidden_width], of dh
+  const float* parts;        // [adapters, splits, adapter_width, width]
+  const float* hidden_sums;  // [adapters, adapter_width], of dh
   int splits, first_adapter;
   W *down_weight, *norm_weight, *norm_bias;  // null where not wanted
   // Where the normed rows are added to the result, the sums of grad * xhat and of grad: [adapters, 2, width]; else
@@ -247,18 +247,18 @@ __global__ void __launch_bounds__(SUM_THREADS)
   const SumPlace place;
   const int column = blockIdx.x * 32 + place.column;
   const int64_t index = blockIdx.y, adapter = all.first_adapter + index;
-  const int64_t elements = int64_t{problem.hidden_width} * problem.width;
+  const int64_t elements = int64_t{problem.adapter_width} * problem.width;
   const bool inside = column < problem.width, normed = problem.normed_before();
   const float weight = inside && normed ? problem.at(problem.norm_weight, adapter, column) : 1;
   const float bias = inside && normed ? problem.at(problem.norm_bias, adapter, column) : 0;
   float of_weight = 0, of_bias = 0;
-  for (int j = place.lane; inside && j < problem.hidden_width; j += SUM_LANES) {
+  for (int j = place.lane; inside && j < problem.adapter_width; j += SUM_LANES) {
     const int64_t element = int64_t{j} * problem.width + column;
     float product = 0;
     for (int split = 0; split < all.splits; ++split)
       product += all.parts[(index * all.splits + split) * elements + element];
-    const float hidden_sum = all.hidden_sums[index * problem.hidden_width + j];
-    const int64_t row = adapter * problem.hidden_width + j;
+    const float hidden_sum = all.hidden_sums[index * problem.adapter_width + j];
+    const int64_t row = adapter * problem.adapter_width + j;
     const float down = to_float(problem.down_weight.data[problem.down_weight.offset(row) + column]);
     if (all.down_weight) assign(all.down_weight[index * elements + element], product * weight + hidden_sum * bias);
     of_weight += down * product;
@@ -282,8 +282,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
     weighted_sums_kernel(const __grid_constant__ Problem<T> problem, float* sums) {
   const int lane = threadIdx.x % 32, j = blockIdx.x * SUM_LANES + threadIdx.x / 32;
   const int64_t adapter = blockIdx.y;
-  if (j >= problem.hidden_width) return;
-  const T* const row = problem.down_weight.data + problem.down_weight.offset(adapter * problem.hidden_width + j);
+  if (j >= problem.adapter_width) return;
+  const T* const row = problem.down_weight.data + problem.down_weight.offset(adapter * problem.adapter_width + j);
   float weight = 0, bias = 0;
   for (int k = lane; k < problem.width; k += 32) {
     weight += to_float(row[k]) * problem.at(problem.norm_weight, adapter, k);
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
   weight = reduce_lanes<31>(weight, Add());
   bias = reduce_lanes<31>(bias, Add());
   if (lane != 0) return;
-  sums[(2 * adapter) * problem.hidden_width + j] = weight;
-  sums[(2 * adapter + 1) * problem.hidden_width + j] = bias + problem.at(problem.down_bias, adapter, j);
+  sums[(2 * adapter) * problem.adapter_width + j] = weight;
+  sums[(2 * adapter + 1) * problem.adapter_width + j] = bias + problem.at(problem.down_bias, adapter, j);
 }
 
 // ---- Gates and scales ----

@@ -1,8 +1,8 @@
 """Which backends exist here, which can take a call, and if not, why not.
 
-A backend is a module of this package. Each names the ops it can run as functions, says why it does not exist
-on this machine (``unavailable``) and why it cannot take a call (``refuses``), from static facts alone: device,
-dtypes and widths, so that torch.compile can burn the choice in.
+A backend is a module of this package. It says why it does not exist on this machine (``unavailable``) and why it
+cannot take a call (``refuses``), from static facts alone (device, dtypes and widths), so that torch.compile can burn
+the choice in; and it runs an op's kernels (``run``). What it has for an op, the op's declaration says.
 """
 
 import contextlib
@@ -14,19 +14,18 @@ from types import ModuleType
 import torch
 
 from fast_prompt.backends import cpu, cuda, reference, triton
-from fast_prompt.backends.call import CALLS, Call, PromptCompressCall, PromptDiffusionCall, SkipAdapterCall
+from fast_prompt.backends.call import Call, HasKernels, Kernels
 from fast_prompt.backends.fastest import first_choice
 
 __all__ = [
     "BACKENDS",
     "BackendError",
     "Call",
-    "PromptCompressCall",
-    "PromptDiffusionCall",
-    "SkipAdapterCall",
+    "Kernels",
     "check_backend_name",
     "choose",
     "describe",
+    "forced",
     "refusals",
     "use_backend",
 ]
@@ -70,40 +69,42 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def refusals(op: str, call: Call) -> dict[str, str | None]:
+def forced() -> str | None:
+    """The backend that ``use_backend`` or the environment asks for, or None."""
+    return _forced
+
+
+def refusals(op: HasKernels, call: Call) -> dict[str, str | None]:
     """For every backend: why it cannot take this call, or None if it can."""
     return {name: _refusal(name, op, call) for name in BACKENDS}
 
 
-def choose(op: str, call: Call) -> str:
-    """The name of the backend that runs this call."""
-    return _choose(_forced, op, *call)
+def _refusal(name: str, op: HasKernels, call: Call) -> str | None:
+    backend, kernels = BACKENDS[name], op.kernels.get(name)
+    if kernels is None and hasattr(backend, "run"):
+        return f"has no {op.name}"
+    limit = kernels.refuses if kernels else None
+    return backend.unavailable() or backend.refuses(call) or (limit(call) if limit else None)
 
 
-def _refusal(name: str, op: str, call: Call) -> str | None:
-    backend = BACKENDS[name]
-    if not hasattr(backend, op):
-        return f"has no {op}"
-    return backend.unavailable() or backend.refuses(op, call)
+def choose(op: HasKernels, call: Call, forced: str | None) -> str:
+    """The name of the backend that runs this call; ``forced`` if that is given.
 
-
-def _choose(forced: str | None, op: str, *facts: object) -> str:
-    call = CALLS[op](*facts)  # type: ignore[arg-type]
+    Raises:
+        BackendError: the forced backend cannot take the call.
+        ValueError: there is no such backend.
+    """
     if forced is not None:
         if _refusal(check_backend_name(forced), op, call) is not None:
-            raise BackendError(f"backend {forced!r} cannot take this call of {op}:\n{describe(refusals(op, call))}")
+            reasons = describe(refusals(op, call))
+            raise BackendError(f"backend {forced!r} cannot take this call of {op.name}:\n{reasons}")
         return forced
-    first = first_choice(op, call)
+    first = first_choice(op.name, call)
     order = (first, *BACKENDS) if first else BACKENDS
     chosen = next(name for name in order if _refusal(name, op, call) is None)
     if chosen == "reference" and call.dtype != torch.float64 and call.device.type != "meta":
         _report_fallback(op, call)
     return chosen
-
-
-# What torch.compiler.assume_constant_result does, less its import of the whole compiler: the choice depends on
-# guarded constants alone.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def describe(reasons: dict[str, str | None]) -> str:
@@ -114,10 +115,10 @@ def describe(reasons: dict[str, str | None]) -> str:
 _reported: set[tuple[object, ...]] = set()
 
 
-def _report_fallback(op: str, call: Call) -> None:
+def _report_fallback(op: HasKernels, call: Call) -> None:
     """No silent fallback: says once, for each kind of call, that plain PyTorch runs it, and why."""
-    kind = (op, call.device.type, call.dtype, call.transformed)
+    kind = (op.name, call.device.type, call.dtype, call.transformed)
     if kind not in _reported:
         _reported.add(kind)
         reasons = describe(refusals(op, call))
-        logger.warning("%s runs in plain PyTorch on %s (%s):\n%s", op, call.device.type, call.dtype, reasons)
+        logger.warning("%s runs in plain PyTorch on %s (%s):\n%s", op.name, call.device.type, call.dtype, reasons)

@@ -1,94 +1,59 @@
-"""The static facts of one call of each op: what the choice of a backend may depend on."""
+"""What the choice of a backend may depend on: the static facts of a call, and what a backend has for an op."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-class PromptDiffusionCall(NamedTuple):
-    """One call of ``prompt_diffusion``.
+
+class Call(NamedTuple):
+    """One call of an op.
 
     Attributes:
         device: where the activations are.
         dtype: the activations' dtype.
-        weight_dtype: the dtype of the prompts and keys.
-        width: the model's width d.
-        num_prompts: the number of prompts p.
+        weight_dtype: the parameters' dtype.
+        sizes: widths and counts by the names that the op's declaration gives them, such as ``"num_prompts"``.
         transformed: whether forward-mode AD or ``torch.func`` transforms it.
     """
 
     device: torch.device
     dtype: torch.dtype
     weight_dtype: torch.dtype
-    width: int
-    num_prompts: int
+    sizes: Mapping[str, int]
     transformed: bool = False
 
 
-class PromptCompressCall(NamedTuple):
-    """One call of ``prompt_compress``.
+@dataclass(frozen=True)
+class Kernels:
+    """What a backend has for an op.
 
     Attributes:
-        device: where the visual tokens are.
-        dtype: the dtype of the query and the visual tokens.
-        weight_dtype: the projections' dtype.
-        num_queries: m.
-        num_heads: h.
-        head_dim: d_h, the width of one head.
-        visual_width: d_v, the width of a visual token.
-        transformed: whether forward-mode AD or ``torch.func`` transforms it.
+        refuses: says for which sizes it has no kernel, or None; given as None where it has one for every size.
+        forward: the module that holds the op's function, for a backend that runs Python.
+        backward: the module that holds its backward.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    num_queries: int
-    num_heads: int
-    head_dim: int
-    visual_width: int
-    transformed: bool = False
+    refuses: Callable[[Call], str | None] | None = None
+    forward: str = ""
+    backward: str = ""
 
 
-class SkipAdapterCall(NamedTuple):
-    """One call of ``skip_adapter``.
+class HasKernels(Protocol):
+    """An op as backends see it: its name, and what each has for it."""
 
-    Attributes:
-        device: where x is.
-        dtype: the dtype of x.
-        weight_dtype: the adapters' dtype.
-        width: d, the model's width.
-        adapter_width: w, the width of an adapter's hidden layer.
-        num_adapters: A.
-        num_experts: E, or 0 without gates.
-        transformed: whether forward-mode AD or ``torch.func`` transforms it.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    width: int
-    adapter_width: int
-    num_adapters: int = 1
-    num_experts: int = 0
-    transformed: bool = False
-
-
-Call = PromptDiffusionCall | PromptCompressCall | SkipAdapterCall
-
-CALLS: dict[str, type[Call]] = {
-    "prompt_diffusion": PromptDiffusionCall,
-    "prompt_compress": PromptCompressCall,
-    "skip_adapter": SkipAdapterCall,
-}
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    name: str
+    kernels: dict[str, Kernels]
 
 
 def refuses_kernels(call: Call) -> str | None:
-    """Why no kernel of ours, on any device, can take a call, or None."""
+    """Why no kernel, on any device, can take a call, or None."""
     if call.transformed:
         return "has no rules for torch.func and forward-mode AD"
-    if call.dtype not in _DTYPES:
+    if call.dtype not in DTYPES:
         return f"has float32, bfloat16 and float16, not {call.dtype}"
     if call.weight_dtype not in (call.dtype, torch.float32):
         return f"has weights in {call.dtype} or float32 beside {call.dtype} activations, not in {call.weight_dtype}"

@@ -3,37 +3,26 @@
 import torch
 
 from fast_prompt.backends.call import Call, refuses_kernels
-from fast_prompt.backends.native import (
-    prompt_compress,
-    prompt_compress_backward,
-    prompt_diffusion,
-    prompt_diffusion_backward,
-    skip_adapter,
-    skip_adapter_backward,
-    unavailable,
-)
+from fast_prompt.backends.native import run, unavailable
 
 __all__ = [
+    "compiled",
     "isa",
     "isa_levels",
     "name",
     "poison_scratch",
-    "prompt_compress",
-    "prompt_compress_backward",
-    "prompt_diffusion",
-    "prompt_diffusion_backward",
     "refuses",
+    "run",
     "select_isa",
-    "skip_adapter",
-    "skip_adapter_backward",
+    "suffix",
     "unavailable",
 ]
 
-name = "cpu"
+name, suffix, compiled = "cpu", "", True
 
 
-def refuses(op: str, call: Call) -> str | None:
-    """Why this backend cannot take a call, or None."""
+def refuses(call: Call) -> str | None:
+    """Why this backend cannot take a call of any op, or None."""
     if call.device.type != "cpu":
         return f"runs on cpu, not on {call.device.type}"
     return refuses_kernels(call)

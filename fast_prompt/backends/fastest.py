@@ -19,7 +19,7 @@ class Faster(NamedTuple):
     Attributes:
         op: the op.
         capability: the chip's compute capability, such as ``(9, 0)``.
-        fact: the field of the op's call that sizes it, such as ``"num_prompts"``.
+        fact: the size in the op's call that decides, such as ``"num_prompts"``.
         most: the largest such size.
         backend: the faster one.
         figures: what was measured, at which shapes, and the record it stands in.
@@ -41,7 +41,7 @@ def first_choice(op: str, call: Call) -> str | None:
     if call.device.type != "cuda":
         return None
     for line in FASTER:
-        fits = line.op == op and getattr(call, line.fact) <= line.most
+        fits = line.op == op and call.sizes[line.fact] <= line.most
         if fits and torch.cuda.get_device_capability(call.device) == line.capability:
             return line.backend
     return DEFAULT

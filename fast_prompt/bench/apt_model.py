@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_prompt.backends import PromptDiffusionCall
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import APTConfig
 from fast_prompt.models.architectures.vilt import self_attention
@@ -78,9 +77,7 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, backward:
         "prompts_as_keys_values": (prompts_as_keys_values, prompts_as_tokens),
     }
     found = [Contender(name, "baseline", build(make), definitions[form]) for name, (make, form) in baselines.items()]
-    for backend in backends_for(
-        "prompt_diffusion", PromptDiffusionCall(device, dtype, torch.float32, WIDTH, shape["p"])
-    ):
+    for backend in backends_for("prompt_diffusion", device, dtype, width=WIDTH, num_prompts=shape["p"]):
         for name, make in (("unfolded", apt_unfolded), ("folded", apt_folded)):
             function = forced(build(make), backend)
             found.append(Contender(f"{backend}_{name}", "ours", function, definitions[apt_unfolded]))

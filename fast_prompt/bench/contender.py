@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fast_prompt.backends import Call, refusals, use_backend
+from fast_prompt.ops.declaration import OPS
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Contender:
     definition: Callable[..., Tensor]
 
 
-def backends_for(op: str, call: Call) -> list[str]:
-    """The backends that can take this call and are worth timing.
+def backends_for(op: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> list[str]:
+    """The backends that can take a call of these sizes, its weights of its dtype, and are worth timing.
 
     Plain PyTorch is a baseline, and Triton on a CPU is its interpreter, whose time means nothing.
     """
-    left_out = {"reference", "triton"} if call.device.type == "cpu" else {"reference"}
-    return [name for name, reason in refusals(op, call).items() if reason is None and name not in left_out]
+    call = Call(device, dtype, dtype, sizes)
+    left_out = {"reference", "triton"} if device.type == "cpu" else {"reference"}
+    return [name for name, reason in refusals(OPS[op], call).items() if reason is None and name not in left_out]
 
 
 def forced(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:

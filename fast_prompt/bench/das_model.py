@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast_prompt.backends import SkipAdapterCall
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import DASConfig
 from fast_prompt.parity import Problem
@@ -74,7 +73,8 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, backward:
         make: _function(make(shape, torch.float32, device).to(dtype).double(), shape) for make in (build, skipping)
     }
     found = [Contender("untouched", "baseline", _function(build(shape, dtype, device), shape), definitions[build])]
-    for backend in backends_for("skip_adapter", SkipAdapterCall(device, dtype, dtype, D, SKIP_WIDTH)):
+    sizes = {"width": D, "adapter_width": SKIP_WIDTH, "num_adapters": 1, "num_experts": 0}
+    for backend in backends_for("skip_adapter", device, dtype, **sizes):
         function = forced(_function(skipping(shape, dtype, device), shape), backend)
         found.append(Contender(f"{backend}_skipping", "ours", function, definitions[skipping]))
     return found

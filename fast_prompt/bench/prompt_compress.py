@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fast_prompt import ops, reference
-from fast_prompt.backends import PromptCompressCall
 from fast_prompt.bench.contender import Contender, backends_for, forced, in_float32
 from fast_prompt.ops.prompt_compress import flops as absorbed_flops
 from fast_prompt.parity import Problem
@@ -68,8 +67,7 @@ def contenders(shape: dict[str, int], dtype: torch.dtype, device: torch.device, 
     definition = reference.prompt_compress
     forms = eager | {name: torch.compile(form, dynamic=False) for name, form in COMPILED.items()}
     baselines = [Contender(name, "baseline", form, definition) for name, form in forms.items()]
-    sizes = (shape["m"], shape["h"], shape["d"] // shape["h"], shape["d"])
-    backends = backends_for("prompt_compress", PromptCompressCall(device, dtype, dtype, *sizes))
+    backends = backends_for("prompt_compress", device, dtype, num_heads=shape["h"])
     return baselines + [Contender(name, "ours", forced(ops.prompt_compress, name), definition) for name in backends]
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fast_prompt import ops, reference
-from fast_prompt.backends import PromptDiffusionCall
 from fast_prompt.bench.contender import Contender, backends_for, forced, in_float32
 from fast_prompt.ops.prompt_diffusion import MAX_PROMPTS
 from fast_prompt.parity import Problem
@@ -59,7 +58,7 @@ def contenders(shape: dict[str, int], dtype: torch.dtype, device: torch.device, 
     forms = {"reference": definition, **eager}
     forms |= {name: torch.compile(form, dynamic=False) for name, form in COMPILED.items()}
     baselines = [Contender(name, "baseline", form, definition) for name, form in forms.items()]
-    backends = backends_for("prompt_diffusion", PromptDiffusionCall(device, dtype, dtype, shape["d"], shape["p"]))
+    backends = backends_for("prompt_diffusion", device, dtype, width=shape["d"], num_prompts=shape["p"])
     return baselines + [Contender(name, "ours", forced(ops.prompt_diffusion, name), definition) for name in backends]
 
 

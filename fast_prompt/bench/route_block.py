@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast_prompt.backends import SkipAdapterCall
 from fast_prompt.bench import skip_adapter
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.nn import SkipAdapter, route_block
@@ -58,7 +57,7 @@ def traffic(shape: Shape, dtype: torch.dtype, backward: bool) -> int:
 
 def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool) -> list[Contender]:
     """Baselines first."""
-    facts = SkipAdapterCall(device, dtype, dtype, shape["d"], shape["width"])
+    sizes = {"width": shape["d"], "adapter_width": shape["width"], "num_adapters": 1, "num_experts": 0}
     modules = functools.cache(partial(build, shape, device))
 
     def on(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -69,7 +68,7 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, backward:
         Contender("both_and_select", "baseline", on(both_and_select), on(both_and_select)),
         *(
             Contender(backend, "ours", forced(on(routed), backend), on(both_and_select))
-            for backend in backends_for("skip_adapter", facts)
+            for backend in backends_for("skip_adapter", device, dtype, **sizes)
         ),
     ]
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, relu
 
 from fast_prompt import ops, reference
-from fast_prompt.backends import SkipAdapterCall
 from fast_prompt.bench.contender import Contender, backends_for, forced, in_float32
 from fast_prompt.parity import Problem
 from fast_prompt.parity.skip_adapter import Case, draw
@@ -59,9 +58,8 @@ def traffic(shape: dict[str, int], dtype: torch.dtype, backward: bool) -> int:
 
 def contenders(shape: dict[str, int], dtype: torch.dtype, device: torch.device, backward: bool) -> list[Contender]:
     """Baselines first."""
-    facts = SkipAdapterCall(device, dtype, dtype, shape["d"], shape["width"])
     baselines = baseline_forms(EAGER, COMPILED, dtype)
-    return baselines + our_forms(ops.skip_adapter, facts)
+    return baselines + our_forms(ops.skip_adapter, shape, dtype, device)
 
 
 def baseline_forms(eager: dict[str, Any], compiled: dict[str, Any], dtype: torch.dtype) -> list[Contender]:
@@ -72,11 +70,19 @@ def baseline_forms(eager: dict[str, Any], compiled: dict[str, Any], dtype: torch
     return [Contender(name, "baseline", form, reference.skip_adapter) for name, form in forms.items()]
 
 
-def our_forms(function: Any, facts: SkipAdapterCall, suffix: str = "") -> list[Contender]:
+def our_forms(
+    function: Any, shape: dict[str, int], dtype: torch.dtype, device: torch.device, suffix: str = ""
+) -> list[Contender]:
     """``function`` on every backend worth timing."""
+    sizes = {
+        "width": shape["d"],
+        "adapter_width": shape["width"],
+        "num_adapters": shape.get("run", 1),
+        "num_experts": 0,
+    }
     return [
         Contender(f"{name}{suffix}", "ours", forced(function, name), reference.skip_adapter)
-        for name in backends_for("skip_adapter", facts)
+        for name in backends_for("skip_adapter", device, dtype, **sizes)
     ]
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fast_prompt import ops
-from fast_prompt.backends import SkipAdapterCall
 from fast_prompt.bench import skip_adapter
 from fast_prompt.bench.contender import Contender
 from fast_prompt.bench.skip_adapter import baseline_forms, our_forms, placed
@@ -45,11 +44,10 @@ def contenders(shape: dict[str, int], dtype: torch.dtype, device: torch.device, 
     """Baselines first; then ours one adapter at a time, and all in one call."""
     eager = {name: partial(one_by_one, form) for name, form in skip_adapter.EAGER.items()}
     compiled = {"compiled_eager": partial(one_by_one, skip_adapter.eager)}
-    facts = SkipAdapterCall(device, dtype, dtype, shape["d"], shape["width"], shape["run"])
     return [
         *baseline_forms(eager, compiled, dtype),
-        *our_forms(partial(one_by_one, ops.skip_adapter), facts, "_one_by_one"),
-        *our_forms(ops.skip_adapter, facts),
+        *our_forms(partial(one_by_one, ops.skip_adapter), shape, dtype, device, "_one_by_one"),
+        *our_forms(ops.skip_adapter, shape, dtype, device),
     ]
 
 

@@ -12,13 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fast_prompt.backends import BACKENDS, use_backend
-from fast_prompt.backends.call import CALLS
 
 importlib.import_module("fast_prompt.ops.flops")  # the formulas of the ops of this package
 
 # A backend that takes every call and runs none: tensors without memory come no further than an op's fake kernel.
 COUNTED = ModuleType("counted")
-vars(COUNTED).update(dict.fromkeys(CALLS), unavailable=lambda: None, refuses=lambda op, call: None)
+vars(COUNTED).update(suffix="", unavailable=lambda: None, refuses=lambda call: None)
 
 
 @contextlib.contextmanager

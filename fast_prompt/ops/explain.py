@@ -4,16 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fast_prompt.backends import BackendError, Call, choose, describe, refusals
-from fast_prompt.ops.prompt_compress import call_facts as prompt_compress_facts
-from fast_prompt.ops.prompt_diffusion import call_facts as prompt_diffusion_facts
-from fast_prompt.ops.skip_adapter import call_facts as skip_adapter_facts
-
-CALL_FACTS: dict[str, Callable[..., Call]] = {
-    "prompt_diffusion": prompt_diffusion_facts,
-    "prompt_compress": prompt_compress_facts,
-    "skip_adapter": skip_adapter_facts,
-}
+from fast_prompt.backends import BackendError, choose, describe, forced, refusals
+from fast_prompt.ops.declaration import OPS
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,12 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         kwargs: the op's options.
     """
     name = op if isinstance(op, str) else op.__name__
-    if name not in CALL_FACTS:
-        raise ValueError(f"op: expected one of {', '.join(CALL_FACTS)}, got {name!r}")
-    call = CALL_FACTS[name](*args, **kwargs)
+    if name not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {name!r}")
+    declared = OPS[name]
+    call = declared.call(declared.arguments_of(*args, **kwargs))
     try:
-        chosen = choose(name, call)
+        chosen = choose(declared, call, forced())
     except BackendError:
         chosen = None
-    return Explanation(name, chosen, refusals(name, call))
+    return Explanation(name, chosen, refusals(declared, call))

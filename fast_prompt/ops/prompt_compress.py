@@ -1,5 +1,7 @@
-"""The API of ``prompt_compress``: checks the call, chooses a form and a backend, runs it under autograd."""
+"""``prompt_compress``: what it is, its declaration, its checks and its other form."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +9,10 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fast_prompt import reference
-from fast_prompt.backends import BACKENDS, PromptCompressCall, choose
+from fast_prompt.backends import Call, Kernels
 from fast_prompt.ops import checks
-from fast_prompt.ops.autocast import activation_dtype, autocast
+from fast_prompt.ops.declaration import Op, activation, choice, index, number, weight
 from fast_prompt.ops.seeds import seed_tensor
-from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.autocast import without_autocast
 from fast_prompt.reference.prompt_compress import FORMS, optional_to, split_heads
 
@@ -73,42 +74,15 @@ def prompt_compress(
     Source: "Adapting Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Prompting",
     arXiv 2306.00409, section 3; the absorbed form is exact algebra.
     """
-    biases = key_bias, value_bias
-    _check(query, visual, key_weight, value_weight, *biases, num_heads, key_padding_mask, dropout_p, form)
-    query, visual = autocast(query), autocast(visual)
-    _check_dtypes(query, visual, key_weight, value_weight, *biases)
+    tensors = (query, visual, key_weight, value_weight, key_bias, value_bias)
+    plan = PROMPT_COMPRESS.plan(*tensors, key_padding_mask, num_heads, dropout_p, form)
     seed = seed_tensor(seed, dropout_p, query.device)
-    empty = query.numel() == 0 or visual.numel() == 0
-    if form == "auto":
-        form = cheaper_form(*_sizes(query, visual), num_heads)
-    facts = call_facts(query, visual, key_weight, value_weight, *biases, num_heads=num_heads)
-    # Torch's attention has no forward mode.
-    if form == "projected" and dropout_p == 0 and not empty and not facts.transformed:
-        return _projected(query, visual, key_weight, value_weight, *biases, num_heads, key_padding_mask)
-    backend = choose("prompt_compress", facts)
-    if form == "projected" or backend == "reference" or empty:
-        return reference.prompt_compress(
-            query,
-            visual,
-            key_weight,
-            value_weight,
-            *biases,
-            num_heads=num_heads,
-            key_padding_mask=key_padding_mask,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-    options = (key_padding_mask, seed, num_heads, float(dropout_p))
-    tensors = (query, visual, key_weight, value_weight, value_bias)
-    inputs = (*tensors, key_bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _PromptCompress.apply(*inputs, *options, backend)
-    return torch.ops.fast_prompt.prompt_compress.default(*tensors, *options, False, False, backend)[0]
-
-
-def _sizes(query: Tensor, visual: Tensor) -> tuple[int, int, int, int]:
-    """m, n, E and d_v."""
-    return query.shape[1], visual.shape[1], query.shape[2], visual.shape[2]
+    if plan.form == "projected":
+        return _projected(*plan.cast(*tensors), num_heads, key_padding_mask)
+    if plan.form == "reference":
+        options: dict[str, Any] = {"num_heads": num_heads, "key_padding_mask": key_padding_mask}
+        return reference.prompt_compress(*plan.cast(*tensors), **options, dropout_p=dropout_p, seed=seed)
+    return plan.run(*tensors, key_padding_mask, seed)
 
 
 def cheaper_form(num_queries: int, num_tokens: int, inner_width: int, visual_width: int, num_heads: int) -> str:
@@ -129,22 +103,6 @@ def cheaper_form(num_queries: int, num_tokens: int, inner_width: int, visual_wid
 def flops(num_queries: int, num_tokens: int, inner_width: int, visual_width: int, num_heads: int) -> int:
     """The absorbed form's FLOPs a sample: through W_k and W_v, then scores and weighted tokens for every head."""
     return 4 * num_queries * visual_width * (inner_width + num_heads * num_tokens)
-
-
-def call_facts(
-    query: Tensor, visual: Tensor, key_weight: Tensor, *others: Any, num_heads: int, **options: Any
-) -> PromptCompressCall:
-    """What the choice of a backend depends on, from the arguments of ``prompt_compress``."""
-    return PromptCompressCall(
-        device=visual.device,
-        dtype=activation_dtype(visual),
-        weight_dtype=key_weight.dtype,
-        num_queries=query.shape[1],
-        num_heads=num_heads,
-        head_dim=query.shape[2] // num_heads,
-        visual_width=visual.shape[2],
-        transformed=is_transformed(query, visual, key_weight, *others, *options.values()),
-    )
 
 
 def _projected(
@@ -175,7 +133,6 @@ def _projected(
     return output if key_padding_mask is None else output.masked_fill(empty[:, None, None], 0)
 
 
-@checks.once_a_kind
 def _check(
     query: Tensor,
     visual: Tensor,
@@ -183,13 +140,12 @@ def _check(
     value_weight: Tensor,
     key_bias: Tensor | None,
     value_bias: Tensor | None,
-    num_heads: int,
     key_padding_mask: Tensor | None,
+    num_heads: int,
     dropout_p: float,
     form: str,
 ) -> None:
     for name, value in (("query", query), ("visual", visual)):
-        checks.check_tensor(name, value)
         if value.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions [batch, tokens, width], got shape {tuple(value.shape)}")
     if query.shape[0] != visual.shape[0]:
@@ -207,30 +163,13 @@ def _check(
         "value_bias": value_bias,
     }
     for name, parameter in parameters.items():
-        if parameter is None and name.endswith("bias"):
-            continue
-        checks.check_tensor(name, parameter)
-        assert parameter is not None
-        expected = (inner_width,) if name.endswith("bias") else (inner_width, visual_width)
-        checks.check_shape(name, parameter, expected, "from the widths of query and visual")
-        checks.check_device(name, parameter, query.device, "that of query")
-    checks.check_device("visual", visual, query.device, "that of query")
+        if parameter is not None:
+            expected = (inner_width,) if name.endswith("bias") else (inner_width, visual_width)
+            checks.check_shape(name, parameter, expected, "from the widths of query and visual")
     checks.check_probability("dropout_p", dropout_p)
-    checks.check_choice("form", form, FORMS)
     if key_padding_mask is not None:
         checks.check_mask("key_padding_mask", key_padding_mask)
         checks.check_shape("key_padding_mask", key_padding_mask, tuple(visual.shape[:2]), "that of visual's tokens")
-        checks.check_device("key_padding_mask", key_padding_mask, query.device, "that of query")
-
-
-@checks.once_a_kind
-def _check_dtypes(query: Tensor, visual: Tensor, key_weight: Tensor, *others: Tensor | None) -> None:
-    checks.check_dtype("visual", visual, (query.dtype,), "that of query")
-    weight_dtypes = (query.dtype,) if query.dtype == torch.float64 else (query.dtype, torch.float32)
-    checks.check_dtype("key_weight", key_weight, weight_dtypes, "that of query, or float32")
-    for name, value in zip(("value_weight", "key_bias", "value_bias"), others, strict=True):
-        if value is not None:
-            checks.check_dtype(name, value, (key_weight.dtype,), "that of key_weight")
 
 
 def kept_for_backward(
@@ -243,92 +182,108 @@ def kept_for_backward(
     return rows * num_tokens <= allowed, rows * (num_tokens + visual_width) <= allowed
 
 
-class _PromptCompress(torch.autograd.Function):
-    """Ties the two registered ops together."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        visual: Tensor,
-        key_weight: Tensor,
-        value_weight: Tensor,
-        value_bias: Tensor | None,
-        key_bias: Tensor | None,
-        *options: Any,
-    ) -> Tensor:
-        tensors = (query, visual, key_weight, value_weight, value_bias)
-        mask, seed, num_heads, dropout_p, backend = options
-        keep = kept_for_backward(*_sizes(query, visual), num_heads)
-        output, *kept = torch.ops.fast_prompt.prompt_compress.default(*tensors, *options[:4], *keep, backend)
-        ctx.numbers, ctx.backend = (num_heads, dropout_p), backend
-        ctx.save_for_backward(*tensors, key_bias if ctx.needs_input_grad[5] else None, mask, seed, *kept)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_backward("prompt_compress", grad)
-        *tensors, key_bias, mask, seed, logsumexp, probabilities, attended = ctx.saved_tensors
-        kept = logsumexp, probabilities, attended
-        needs = ctx.needs_input_grad[:5]
-        grads = torch.ops.fast_prompt.prompt_compress_backward.default(
-            grad, *tensors, mask, seed, *ctx.numbers, *kept, ctx.backend, needs
-        )
-        found = (value if need else None for value, need in zip(grads, needs, strict=True))
-        options = (None,) * 5
-        return (*found, None if key_bias is None else torch.zeros_like(key_bias), *options)
+def _other_form(
+    call: Call, query: Tensor, visual: Tensor, num_heads: int, dropout_p: float, form: str, **_: Any
+) -> str | None:
+    """The projected form is torch's own products and attention; with dropout, or a tangent, it is the definition."""
+    if form == "auto":
+        form = cheaper_form(query.shape[1], visual.shape[1], query.shape[2], visual.shape[2], num_heads)
+    if form != "projected":
+        return None
+    return "projected" if dropout_p == 0 and not call.transformed else "reference"
 
 
-_library = torch.library.Library("fast_prompt", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor query, Tensor visual, Tensor key_weight, Tensor value_weight, Tensor? value_bias, "
-    "Tensor? key_padding_mask, Tensor? seed, int num_heads, float dropout_p"
-)
-_library.define(
-    f"prompt_compress({_ARGUMENTS}, bool keep_probabilities, bool keep_attended, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"prompt_compress_backward(Tensor grad, {_ARGUMENTS}, Tensor logsumexp, Tensor probabilities, Tensor attended, "
-    "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+def _sizes(query: Tensor, visual: Tensor, num_heads: int, **_: Any) -> dict[str, int]:
+    """``num_queries``: m; ``num_heads``: h; ``head_width``: d_h; ``visual_width``: d_v."""
+    return {
+        "num_queries": query.shape[1],
+        "num_heads": num_heads,
+        "head_width": query.shape[2] // num_heads,
+        "visual_width": visual.shape[2],
+    }
 
 
-def _run(*args: Any) -> tuple[Tensor, ...]:
-    *arguments, backend = args
-    results = BACKENDS[backend].prompt_compress(*arguments)
-    return tuple(args[0].new_empty(0, dtype=torch.float32) if value is None else value for value in results)
+def _keep(query: Tensor, visual: Tensor, num_heads: int, **_: Any) -> tuple[bool, bool, bool]:
+    kept = kept_for_backward(query.shape[1], visual.shape[1], query.shape[2], visual.shape[2], num_heads)
+    return (True, *kept)
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    *arguments, logsumexp, probabilities, attended, backend, needs = args
-    kept = logsumexp, *(value if value.numel() else None for value in (probabilities, attended))
-    grads = BACKENDS[backend].prompt_compress_backward(*arguments, *kept, tuple(needs))
-    return tuple(args[0].new_empty(0) if value is None else value for value in grads)
-
-
-def _fake(query: Tensor, visual: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    num_heads, _, keep_probabilities, keep_attended, _ = args[-5:]
+def _results(query: Tensor, visual: Tensor, num_heads: int, keep: Sequence[bool], **_: Any) -> list[Tensor]:
     rows = (query.shape[0], num_heads, query.shape[1])
-    return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        query.new_empty(rows, dtype=torch.float32),
-        query.new_empty((*rows, visual.shape[1]) if keep_probabilities else 0, dtype=torch.float32),
-        query.new_empty((*rows, visual.shape[2]) if keep_attended else 0, dtype=torch.float32),
-    )
+    shapes = (rows, (*rows, visual.shape[1]), (*rows, visual.shape[2]))
+    kept = [query.new_empty(shape, dtype=torch.float32) for shape, wanted in zip(shapes, keep, strict=True) if wanted]
+    return [torch.empty_like(query, memory_format=torch.contiguous_format), *kept]
 
 
-def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    gradients_of, needs = args[:5], args[-1]
-    return tuple(
-        torch.empty_like(value, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
-        for value, need in zip(gradients_of, needs, strict=True)
-    )
+def _flops(query: Sequence[int], visual: Sequence[int], num_heads: int, **_: Any) -> int:
+    """The queries through W_k, the results through W_v; scores and weighted tokens for every head."""
+    projection, tokens = _products(query, visual, num_heads)
+    return 2 * projection + 2 * tokens
 
 
-_library.impl("prompt_compress", _run, "CompositeExplicitAutograd")
-_library.impl("prompt_compress_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fast_prompt::prompt_compress", _fake, lib=_library)
-torch.library.register_fake("fast_prompt::prompt_compress_backward", _fake_backward, lib=_library)
+def _flops_backward(
+    query: Sequence[int],
+    visual: Sequence[int],
+    num_heads: int,
+    probabilities: Sequence[int] | None,
+    attended: Sequence[int] | None,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    """What was not kept again, then a product for each of dy, dw, du and every gradient; two for the tokens'."""
+    projection, tokens = _products(query, visual, num_heads)
+    need_query, need_visual, need_keys, need_values, _key_bias, _value_bias = needs
+    need_scores = need_query or need_visual or need_keys
+    recomputed = [need_scores and probabilities is None, need_values and attended is None]
+    need_absorbed_query = need_visual or recomputed[0]
+    projections = [need_scores, need_absorbed_query, need_query, need_keys, need_values]
+    passes = [*recomputed, need_scores, need_query or need_keys, need_visual, need_visual]
+    return projection * sum(map(bool, projections)) + tokens * sum(map(bool, passes))
+
+
+def _products(query: Sequence[int], visual: Sequence[int], num_heads: int) -> tuple[int, int]:
+    """FLOPs of one product with a projection's weight, and of one of all rows with the visual tokens."""
+    batch, num_tokens, visual_width = visual
+    projection = 2 * math.prod(query) * visual_width
+    return projection, 2 * batch * query[1] * num_heads * num_tokens * visual_width
+
+
+_MOST_HEADS = 65535  # of Triton's: a launch grid's second dimension
+
+
+def _triton_refuses(call: Call) -> str | None:
+    heads = call.sizes["num_heads"]
+    return f"takes up to {_MOST_HEADS} heads, not {heads}" if heads > _MOST_HEADS else None
+
+
+PROMPT_COMPRESS = Op(
+    prompt_compress,
+    tensors=(
+        activation("query"),
+        activation("visual"),
+        weight("key_weight"),
+        weight("value_weight"),
+        weight("key_bias", optional=True),
+        weight("value_bias", optional=True),
+        index("key_padding_mask"),
+        index("seed", planned=False),
+    ),
+    options=(number("num_heads", int), number("dropout_p"), choice("form", FORMS, registered=False)),
+    check=_check,
+    sizes=_sizes,
+    results=_results,
+    kernels={
+        "cpu": Kernels(),
+        "cuda": Kernels(),
+        "triton": Kernels(
+            _triton_refuses, "fast_prompt_kernels.prompt_compress", "fast_prompt_kernels.prompt_compress_backward"
+        ),
+    },
+    kept=("logsumexp", "probabilities", "attended"),
+    keep=_keep,
+    always_kept=("logsumexp",),
+    other_form=_other_form,
+    flops=_flops,
+    flops_backward=_flops_backward,
+    cases="fast_prompt.parity.prompt_compress",
+)

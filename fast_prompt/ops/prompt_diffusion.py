@@ -1,16 +1,18 @@
-"""The API of ``prompt_diffusion``: checks the call, chooses a backend, runs it under autograd."""
+"""``prompt_diffusion``: what it is, its declaration and its checks."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast_prompt import reference
-from fast_prompt.backends import BACKENDS, PromptDiffusionCall, choose
+from fast_prompt.backends import Call, Kernels, cuda
 from fast_prompt.ops import checks
-from fast_prompt.ops.autocast import activation_dtype, autocast
+from fast_prompt.ops.declaration import Op, activation, choice, index, number, scalars, weight
+from fast_prompt.ops.rows import three_dimensional
 from fast_prompt.ops.seeds import seed_tensor
-from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.prompt_diffusion import ACTIVATIONS, ROW_WEIGHTS
 
 MAX_PROMPTS = 1024
@@ -27,12 +29,14 @@ def prompt_diffusion(
     row_weight: str = "max",
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Approximated prompt tuning's diffusion step, ``exp(log_scale) * (hidden + w * (R @ prompts))``.
 
     ``R = dropout(activation(source @ keys.T))``; ``w`` is each row's maximum of ``R``, without gradient.
     One read of ``hidden`` and ``source``, one write of the output; the scores are recomputed in the backward
-    pass, so only ``source`` and ``hidden`` are saved for it. Arithmetic is float32 whatever the storage.
+    pass, so only ``source`` is saved for it, and the output where ``log_scale`` trains. Arithmetic is float32
+    whatever the storage.
     Under autocast the activations are cast to the autocast dtype; prompts and keys may stay float32.
 
     Args:
@@ -47,6 +51,9 @@ def prompt_diffusion(
         dropout_p: probability in [0, 1) that an element of ``R`` is dropped; the rest are divided by
             ``1 - dropout_p``.
         seed: int64 number or one-element tensor that fixes the dropout mask; drawn from torch's generator when None.
+        inplace: whether the output may be written over ``hidden``, which must then have no other use: a new result's
+            memory can cost more than its arithmetic. As with torch's own in-place functions, autograd refuses a leaf
+            that trains, and a later backward pass that needed the old values.
 
     Returns:
         [..., n, d], dtype of ``hidden`` (the autocast dtype under autocast), contiguous. An empty batch gives an
@@ -59,47 +66,18 @@ def prompt_diffusion(
 
     Source: "Approximated Prompt Tuning for Vision-Language Pre-trained Models", arXiv 2306.15706, section 3.
     """
-    _check(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
-    hidden, source = autocast(hidden), autocast(source)
-    _check_dtypes(hidden, source, prompts, keys)
+    plan = PROMPT_DIFFUSION.plan(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
     seed = seed_tensor(seed, dropout_p, hidden.device)
-    backend = choose("prompt_diffusion", call_facts(hidden, source, prompts, keys, log_scale))
-    if backend == "reference" or hidden.numel() == 0:
-        return reference.prompt_diffusion(
-            hidden,
-            source,
-            prompts,
-            keys,
-            log_scale,
-            activation=activation,
-            row_weight=row_weight,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-    shape = hidden.shape
-    tensors = (_three_dimensional(hidden), _three_dimensional(source), prompts, keys, log_scale.float())
-    # A custom Function costs as much as the op itself on few rows: only where a gradient may be asked for.
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    run = _PromptDiffusion.apply if differentiable else torch.ops.fast_prompt.prompt_diffusion.default
-    output = run(*tensors, seed, activation, row_weight, float(dropout_p), backend)
-    return output if len(shape) == 3 else output.view(shape)
+    tensors = (hidden, source, prompts, keys, log_scale)
+    if plan.form == "reference":
+        options: dict[str, Any] = {"activation": activation, "row_weight": row_weight, "dropout_p": dropout_p}
+        return reference.prompt_diffusion(*plan.cast(*tensors), **options, seed=seed)
+    if hidden.dim() == 3:
+        return plan.run(*tensors, seed, overwrite=inplace)
+    rows = (three_dimensional(hidden), three_dimensional(source))
+    return plan.run(*rows, *tensors[2:], seed, overwrite=inplace).view(hidden.shape)
 
 
-def call_facts(
-    hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, **options: Any
-) -> PromptDiffusionCall:
-    """What the choice of a backend depends on, from the arguments of ``prompt_diffusion``."""
-    return PromptDiffusionCall(
-        device=hidden.device,
-        dtype=activation_dtype(hidden),
-        weight_dtype=prompts.dtype,
-        width=hidden.shape[-1],
-        num_prompts=prompts.shape[0],
-        transformed=is_transformed(hidden, source, prompts, keys, log_scale),
-    )
-
-
-@checks.once_a_kind
 def _check(
     hidden: Tensor,
     source: Tensor,
@@ -111,10 +89,6 @@ def _check(
     dropout_p: float,
 ) -> None:
     checks.check_tensor("hidden", hidden, minimum_rank=1)
-    checks.check_tensor("source", source, minimum_rank=1)
-    checks.check_tensor("prompts", prompts)
-    checks.check_tensor("keys", keys)
-    checks.check_tensor("log_scale", log_scale)
     width = hidden.shape[-1]
     checks.check_shape("source", source, hidden.shape, "that of hidden")
     if prompts.dim() != 2 or prompts.shape[1] != width or not 1 <= prompts.shape[0] <= MAX_PROMPTS or width == 0:
@@ -125,95 +99,84 @@ def _check(
     checks.check_shape("keys", keys, prompts.shape, "that of prompts")
     if log_scale.numel() != 1:
         raise ValueError(f"log_scale: expected one element, got shape {tuple(log_scale.shape)}")
-    for name, value in (("source", source), ("prompts", prompts), ("keys", keys), ("log_scale", log_scale)):
-        checks.check_device(name, value, hidden.device, "that of hidden")
-    checks.check_choice("activation", activation, ACTIVATIONS)
-    checks.check_choice("row_weight", row_weight, ROW_WEIGHTS)
     checks.check_probability("dropout_p", dropout_p)
 
 
-@checks.once_a_kind
-def _check_dtypes(hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor) -> None:
-    checks.check_dtype("source", source, (hidden.dtype,), "that of hidden")
-    weight_dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
-    checks.check_dtype("prompts", prompts, weight_dtypes, "that of hidden, or float32")
-    checks.check_dtype("keys", keys, (prompts.dtype,), "that of prompts")
+def _sizes(hidden: Tensor, prompts: Tensor, **_: Any) -> dict[str, int]:
+    """``width``: d; ``num_prompts``: p."""
+    return {"width": hidden.shape[-1], "num_prompts": prompts.shape[0]}
 
 
-def _three_dimensional(activation: Tensor) -> Tensor:
-    """[..., n, d] as [B, n, d]; a view wherever one exists."""
-    if activation.dim() == 3:
-        return activation
-    if activation.dim() < 3:
-        return activation.reshape(1, -1, activation.shape[-1])
-    return activation.flatten(0, -3)
+def _results(hidden: Tensor, **_: Any) -> list[Tensor]:
+    return [torch.empty_like(hidden, memory_format=torch.contiguous_format)]
 
 
-class _PromptDiffusion(torch.autograd.Function):
-    """Ties the two registered ops together; saves ``source``, and ``hidden`` only where the scale trains."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        source: Tensor,
-        prompts: Tensor,
-        keys: Tensor,
-        log_scale: Tensor,
-        seed: Tensor | None,
-        *options: Any,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden if ctx.needs_input_grad[4] else None, source, prompts, keys, log_scale, seed)
-        ctx.options = options
-        return torch.ops.fast_prompt.prompt_diffusion.default(hidden, source, prompts, keys, log_scale, seed, *options)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_backward("prompt_diffusion", grad)
-        needs = ctx.needs_input_grad[:5]
-        grads = torch.ops.fast_prompt.prompt_diffusion_backward.default(grad, *ctx.saved_tensors, *ctx.options, needs)
-        seed_and_options = (None,) * 5
-        return (*(value if need else None for value, need in zip(grads, needs, strict=True)), *seed_and_options)
+def _flops(hidden: Sequence[int], prompts: Sequence[int], **_: Any) -> int:
+    """Two products of 2·M·p·d each."""
+    return 4 * math.prod(hidden) * prompts[0]
 
 
-_library = torch.library.Library("fast_prompt", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor source, Tensor prompts, Tensor keys, Tensor log_scale, Tensor? seed, "
-    "str activation, str row_weight, float dropout_p, str backend"
+def _flops_backward(grad: Sequence[int], prompts: Sequence[int], needs: Sequence[bool], **_: Any) -> int:
+    """S again, then one product for each of dR (which dX and dK need), dX, dP and dK."""
+    _hidden, need_source, need_prompts, need_keys, _scale = needs
+    need_score_gradient = need_source or need_keys
+    products = (need_score_gradient or need_prompts) + need_score_gradient + need_source + need_prompts + need_keys
+    return 2 * products * math.prod(grad) * prompts[0]
+
+
+# ---- What backends have no kernels for ----
+
+_MOST_PROMPTS_FLOAT32_SMALL = 768  # of CUDA's, in float32 on a chip with little shared memory
+_MOST_PROMPTS_AMD_FLOAT32 = 512  # of Triton's: a step through 1024 keys is all of the chip's 64 KiB of shared memory
+_MOST_ROWS = 64  # of a tile of Triton's
+
+
+def _refuses_prompts(call: Call, most: int) -> str | None:
+    count = call.sizes["num_prompts"]
+    return f"takes up to {most} prompts, not {count}" if count > most else None
+
+
+def _cuda_refuses(call: Call) -> str | None:
+    """A row's activations stay on chip."""
+    small = call.dtype == torch.float32 and cuda.has_little_shared_memory(call.device)
+    return _refuses_prompts(call, _MOST_PROMPTS_FLOAT32_SMALL if small else MAX_PROMPTS)
+
+
+def _triton_refuses(call: Call) -> str | None:
+    """A row's scores stay on chip; offsets within weights and row tiles fit 32 bits."""
+    amd_float32 = torch.version.hip is not None and call.dtype == torch.float32
+    if refusal := _refuses_prompts(call, _MOST_PROMPTS_AMD_FLOAT32 if amd_float32 else MAX_PROMPTS):
+        return refusal
+    width = call.sizes["width"]
+    if max(call.sizes["num_prompts"], _MOST_ROWS) * width >= 2**31:
+        return f"takes weights and row tiles of fewer than 2**31 elements, not width {width}"
+    return None
+
+
+PROMPT_DIFFUSION = Op(
+    prompt_diffusion,
+    tensors=(
+        activation("hidden", gradient_shape=lambda grad, **_: grad.shape),
+        activation("source"),
+        weight("prompts"),
+        weight("keys"),
+        scalars("log_scale"),
+        index("seed", planned=False),
+    ),
+    options=(choice("activation", tuple(ACTIVATIONS)), choice("row_weight", tuple(ROW_WEIGHTS)), number("dropout_p")),
+    check=_check,
+    sizes=_sizes,
+    results=_results,
+    kernels={
+        "cpu": Kernels(),
+        "cuda": Kernels(_cuda_refuses),
+        "triton": Kernels(
+            _triton_refuses, "fast_prompt_kernels.prompt_diffusion", "fast_prompt_kernels.prompt_diffusion"
+        ),
+    },
+    output_saved_for="log_scale",
+    overwritten="hidden",
+    flops=_flops,
+    flops_backward=_flops_backward,
+    cases="fast_prompt.parity.prompt_diffusion",
 )
-_library.define(f"prompt_diffusion(Tensor hidden, {_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    f"prompt_diffusion_backward(Tensor grad, Tensor? hidden, {_ARGUMENTS}, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _run(*args: Any) -> Tensor:
-    *arguments, backend = args
-    return BACKENDS[backend].prompt_diffusion(*arguments)
-
-
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    grad, *arguments, backend, needs = args
-    grads = BACKENDS[backend].prompt_diffusion_backward(grad, *arguments, tuple(needs))
-    return tuple(grad.new_empty(0) if value is None else value for value in grads)
-
-
-def _fake(hidden: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
-
-
-def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    _, source, prompts, keys, log_scale, *_, needs = args
-    gradients_of = (grad, source, prompts, keys, log_scale)
-    return tuple(
-        torch.empty_like(value, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
-        for value, need in zip(gradients_of, needs, strict=True)
-    )
-
-
-_library.impl("prompt_diffusion", _run, "CompositeExplicitAutograd")
-_library.impl("prompt_diffusion_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fast_prompt::prompt_diffusion", _fake, lib=_library)
-torch.library.register_fake("fast_prompt::prompt_diffusion_backward", _fake_backward, lib=_library)

@@ -1,5 +1,6 @@
-"""The API of ``skip_adapter``: checks the call, chooses a backend, runs it under autograd."""
+"""``skip_adapter``: what it is, its declaration and its checks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,16 +8,14 @@ import torch
 from torch import Tensor
 
 from fast_prompt import reference
-from fast_prompt.backends import BACKENDS, SkipAdapterCall, choose
+from fast_prompt.backends import Call, Kernels, cuda
 from fast_prompt.ops import checks
-from fast_prompt.ops.autocast import activation_dtype, autocast
+from fast_prompt.ops.declaration import Op, activation, choice, index, number, scalars, weight
 from fast_prompt.ops.routes import route_tensors
+from fast_prompt.ops.rows import three_dimensional
 from fast_prompt.ops.seeds import seed_tensor
-from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 from fast_prompt.reference.skip_adapter import ACTIVATIONS, NORMS, RESIDUALS
 
-# The tensors a gradient may be asked for, in the order of every ``needs``.
-DIFFERENTIABLE = 9
 LARGEST_EPS = torch.finfo(torch.float32).max
 
 
@@ -85,79 +84,20 @@ def skip_adapter(
     Source: "Parameter and Computation Efficient Transfer Learning for Vision-Language Pre-trained Models",
     arXiv 2309.01479, section 3.3; the mixture is that of LaVIN, arXiv 2305.15023.
     """
-    parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias)
-    _check(x, scale, gates, norm, activation, residual, dropout_p, eps, *parameters)
-    adapters = down_weight.shape[0] if down_weight.dim() == 3 else 1
-    chosen = None if route is None else checked_route(x, route, adapters)
-    if chosen is not None:
-        _check_kept(x, chosen, gates, kept)
-    elif kept is not None:
-        raise ValueError("kept: expected None without a route, got a tensor")
-    x, kept = autocast(x), None if kept is None else autocast(kept)
-    _check_dtypes(x, kept, *parameters)
-    seed = seed_tensor(seed, dropout_p, x.device)
-    backend = choose("skip_adapter", call_facts(x, *parameters, scale, gates, kept))
-    if backend == "reference" or x.numel() == 0 or 0 in down_weight.shape:
-        return reference.skip_adapter(
-            x,
-            *parameters,
-            scale,
-            gates,
-            kept,
-            norm=norm,
-            activation=activation,
-            residual=residual,
-            eps=eps,
-            dropout_p=dropout_p,
-            seed=seed,
-            route=chosen,
-        )
-    shape = x.shape
-    rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1]) if x.dim() < 3 else x.flatten(0, -3)
-    stacked = parameters if down_weight.dim() == 3 else [None if p is None else p.unsqueeze(0) for p in parameters]
-    scale = None if scale is None else scale.float().reshape(-1)
-    tensors = (rows, *stacked, scale, None if gates is None else gates.float(), kept)
-    routing = (None, None) if chosen is None else route_tensors(chosen, x.device)
-    arguments = (*tensors, *routing, seed, norm, activation, residual, float(eps), float(dropout_p), backend)
-    # A custom Function costs as much as the op itself on few rows: only where a gradient may be asked for.
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        output = _SkipAdapter.apply(*arguments)
-    else:
-        output, _ = torch.ops.fast_prompt.skip_adapter.default(*arguments[:-1], False, backend)
-    return output if len(shape) == 3 else output.view(shape)
-
-
-def call_facts(
-    x: Tensor,
-    down_weight: Tensor,
-    up_weight: Tensor,
-    down_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    gates: Tensor | None = None,
-    kept: Tensor | None = None,
-    **options: Any,
-) -> SkipAdapterCall:
-    """What the choice of a backend depends on, from the arguments of ``skip_adapter``."""
     tensors = (x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates, kept)
-    return SkipAdapterCall(
-        device=x.device,
-        dtype=activation_dtype(x),
-        weight_dtype=down_weight.dtype,
-        width=x.shape[-1],
-        adapter_width=down_weight.shape[-2],
-        num_adapters=down_weight.shape[0] if down_weight.dim() == 3 else 1,
-        num_experts=0 if gates is None else gates.shape[1],
-        transformed=is_transformed(*tensors),
-    )
+    plan = SKIP_ADAPTER.plan(*tensors, norm, activation, residual, eps, dropout_p)
+    chosen = _checked_route(x, down_weight, gates, kept, route)
+    seed = seed_tensor(seed, dropout_p, x.device)
+    if plan.form == "reference":
+        options: dict[str, Any] = {"norm": norm, "activation": activation, "residual": residual, "eps": eps}
+        return reference.skip_adapter(*plan.cast(*tensors), **options, dropout_p=dropout_p, seed=seed, route=chosen)
+    routing = (None, None) if chosen is None else route_tensors(chosen, x.device)
+    if x.dim() == 3:
+        return plan.run(*tensors, *routing, seed)
+    return plan.run(three_dimensional(x), *tensors[1:], *routing, seed).view(x.shape)
 
 
-def _check_options(norm: str, activation: str, residual: str, dropout_p: float, eps: float) -> None:
-    checks.check_choice("norm", norm, NORMS)
-    checks.check_choice("activation", activation, ACTIVATIONS)
-    checks.check_choice("residual", residual, RESIDUALS)
+def _check_options(norm: str, residual: str, eps: float, dropout_p: float) -> None:
     checks.check_probability("dropout_p", dropout_p)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps <= LARGEST_EPS:
         raise ValueError(f"eps: expected a number from 0, got {eps!r}")
@@ -165,23 +105,25 @@ def _check_options(norm: str, activation: str, residual: str, dropout_p: float, 
         raise ValueError(f"residual: expected a norm before the adapter for 'normed', got norm={norm!r}")
 
 
-@checks.once_a_kind
 def _check(
     x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     scale: Tensor | None,
     gates: Tensor | None,
+    kept: Tensor | None,
     norm: str,
     activation: str,
     residual: str,
-    dropout_p: float,
     eps: float,
-    *parameters: Tensor | None,
+    dropout_p: float,
 ) -> None:
-    _check_options(norm, activation, residual, dropout_p, eps)
-    down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias = parameters
+    _check_options(norm, residual, eps, dropout_p)
     checks.check_tensor("x", x, minimum_rank=1)
-    checks.check_tensor("down_weight", down_weight)
-    assert down_weight is not None
     d = x.shape[-1]
     if down_weight.dim() not in (2, 3) or down_weight.shape[-1] != d or 0 in (d, *down_weight.shape):
         raise ValueError(
@@ -200,8 +142,6 @@ def _check(
         experts = gates.shape[1]
         groups = [g for g in range(1, width + 1) if width % g == 0 and d % g == 0]
         up_shape, up_bias_shape = [(d, experts * width // g) for g in groups], (experts, d)
-    checks.check_tensor("up_weight", up_weight)
-    assert up_weight is not None
     if tuple(up_weight.shape) not in up_shape:
         expected = " or ".join(map(str, up_shape))
         raise ValueError(
@@ -215,22 +155,15 @@ def _check(
     }
     for name, (value, shape) in optional.items():
         if value is not None:
-            checks.check_tensor(name, value)
             checks.check_shape(name, value, shape, "from x, down_weight and gates")
     if scale is not None:
-        checks.check_tensor("scale", scale)
         if count:
             checks.check_shape("scale", scale, tuple(count), "one element an adapter of down_weight")
         elif scale.numel() != 1:
             raise ValueError(f"scale: expected one element an adapter, got shape {tuple(scale.shape)}")
-    names = ("down_weight", "up_weight", *optional, "scale", "gates")
-    for name, value in zip(names, (*parameters, scale, gates), strict=True):
-        if value is not None:
-            checks.check_device(name, value, x.device, "that of x")
 
 
 def _check_gates(x: Tensor, down_weight: Tensor, gates: Tensor) -> None:
-    checks.check_tensor("gates", gates)
     if down_weight.dim() == 3:
         raise ValueError(
             f"gates: expected None with several adapters (down_weight of shape {tuple(down_weight.shape)}), "
@@ -275,109 +208,161 @@ def _check_kept(x: Tensor, route: list[int], gates: Tensor | None, kept: Tensor 
         if number_kept:
             raise ValueError(f"kept: expected the results of the {number_kept} samples of route -1, got None")
         return
-    checks.check_tensor("kept", kept)
     checks.check_shape("kept", kept, (number_kept, *x.shape[1:]), "the samples of route -1, and x")
-    checks.check_device("kept", kept, x.device, "that of x")
 
 
-@checks.once_a_kind
-def _check_dtypes(x: Tensor, kept: Tensor | None, *parameters: Tensor | None) -> None:
-    names = ("down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "norm_bias")
-    weight = parameters[0]
-    assert weight is not None
-    weight_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    checks.check_dtype("down_weight", weight, weight_dtypes, "that of x, or float32")
-    for name, value in zip(names[1:], parameters[1:], strict=True):
-        if value is not None:
-            checks.check_dtype(name, value, (weight.dtype,), "that of down_weight")
-    if kept is not None:
-        checks.check_dtype("kept", kept, (x.dtype,), "that of x")
+def _checked_route(
+    x: Tensor,
+    down_weight: Tensor,
+    gates: Tensor | None,
+    kept: Tensor | None,
+    route: Sequence[int] | Tensor | None,
+) -> list[int] | None:
+    """The route, once it and what is kept are seen to go together."""
+    if route is None:
+        if kept is not None:
+            raise ValueError("kept: expected None without a route, got a tensor")
+        return None
+    chosen = checked_route(x, route, down_weight.shape[0] if down_weight.dim() == 3 else 1)
+    _check_kept(x, chosen, gates, kept)
+    return chosen
 
 
-class _SkipAdapter(torch.autograd.Function):
-    """Ties the two registered ops together."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (_, *others) = arguments[:DIFFERENTIABLE], arguments[DIFFERENTIABLE : DIFFERENTIABLE + 4]
-        *settings, backend = arguments[DIFFERENTIABLE + 4 :]
-        output, hidden = torch.ops.fast_prompt.skip_adapter.default(*arguments[:-1], True, backend)
-        ctx.save_for_backward(*tensors, *others, hidden)
-        ctx.settings, ctx.backend = settings, backend
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_backward("skip_adapter", grad)
-        *tensors, route, kept_samples, seed, hidden = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
-        grads = torch.ops.fast_prompt.skip_adapter_backward.default(
-            grad, *tensors, route, kept_samples, seed, hidden, *ctx.settings, ctx.backend, needs
-        )
-        found = [value if need else None for value, need in zip(grads, needs, strict=True)]
-        needs_kept = ctx.needs_input_grad[DIFFERENTIABLE]
-        return (*found, grad.index_select(0, kept_samples) if needs_kept else None, *(None,) * 9)
+def _sizes(x: Tensor, down_weight: Tensor, gates: Tensor | None, **_: Any) -> dict[str, int]:
+    """``width``: d; ``adapter_width``: w; ``num_adapters``: A; ``num_experts``: E, or 0 without gates."""
+    return {
+        "width": x.shape[-1],
+        "adapter_width": down_weight.shape[-2],
+        "num_adapters": down_weight.shape[0] if down_weight.dim() == 3 else 1,
+        "num_experts": 0 if gates is None else gates.shape[1],
+    }
 
 
-_library = torch.library.Library("fast_prompt", "FRAGMENT")
-_TENSORS = (
-    "Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor? scale, Tensor? gates"
-)
-_SETTINGS = "str norm, str activation, str residual, float eps, float dropout_p"
-_library.define(
-    f"skip_adapter({_TENSORS}, Tensor? kept, Tensor? route, Tensor? kept_samples, Tensor? seed, {_SETTINGS}, "
-    "bool keep_hidden, str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"skip_adapter_backward(Tensor grad, {_TENSORS}, Tensor? route, Tensor? kept_samples, Tensor? seed, "
-    f"Tensor hidden, {_SETTINGS}, str backend, bool[] needs) "
-    f"-> ({', '.join(['Tensor'] * DIFFERENTIABLE)})",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *parameters, kept, route, kept_samples, seed = args[: DIFFERENTIABLE + 3]
-    *settings, backend = args[DIFFERENTIABLE + 3 :]
+def _results(
+    x: Tensor, down_weight: Tensor, route: Tensor | None, keep: Sequence[bool], backend: str, **_: Any
+) -> list[Tensor]:
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if kept is not None:
-        output.index_copy_(0, kept_samples, kept)
-    hidden = BACKENDS[backend].skip_adapter(output, x, *parameters, route, seed, *settings)
-    if hidden is not None and kept_samples is not None:
-        hidden.index_fill_(1, kept_samples, 0)  # left alone, it would be another at every call
-    return output, x.new_empty(0) if hidden is None else hidden
-
-
-def _run_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, route, kept_samples, seed, hidden = args[: DIFFERENTIABLE + 4]
-    *settings, backend, needs = args[DIFFERENTIABLE + 4 :]
-    backward = BACKENDS[backend].skip_adapter_backward
-    grads = backward(grad, *tensors, route, seed, hidden, *settings, tuple(needs))
-    if kept_samples is not None and needs[0]:
-        grads[0].index_fill_(0, kept_samples, 0)
-    return tuple(grad.new_empty(0) if value is None else value for value in grads)
-
-
-def _fake(x: Tensor, down_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    route, keep_hidden, backend = args[8], *args[-2:]
-    shape = (1 if route is not None else down_weight.shape[0], *x.shape[:-1], down_weight.shape[1])
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not keep[0]:
+        return [output]
+    adapters = down_weight.shape[0] if down_weight.dim() == 3 and route is None else 1
+    batch = x.shape[:-1] if x.dim() == 3 else (1, *x.shape[:-1])
     # On the CPU float16 is multiplied as float32, and what is kept need not end where float16 does.
-    wide = keep_hidden and backend == "cpu" and x.dtype == torch.float16
-    return output, x.new_empty(shape if keep_hidden else 0, dtype=torch.float32 if wide else None)
+    wide = x.dtype == torch.float16 and x.device.type == "cpu" and backend in ("cpu", "cuda")
+    hidden = x.new_empty((adapters, *batch, down_weight.shape[-2]), dtype=torch.float32 if wide else None)
+    return [output, hidden]
 
 
-def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    gradients_of, needs = args[:DIFFERENTIABLE], args[-1]
-    return tuple(
-        torch.empty_like(value, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
-        for value, need in zip(gradients_of, needs, strict=True)
-    )
+def _flops(
+    x: Sequence[int],
+    down_weight: Sequence[int],
+    up_weight: Sequence[int],
+    kept: Sequence[int] | None,
+    route: Sequence[int] | None,
+    **_: Any,
+) -> int:
+    """Down and up, for every adapter that a row goes through."""
+    down, up = _products(x, down_weight, up_weight, 0 if kept is None else kept[0])
+    return (down + up) * _adapters(down_weight, route)
 
 
-_library.impl("skip_adapter", _run, "CompositeExplicitAutograd")
-_library.impl("skip_adapter_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fast_prompt::skip_adapter", _fake, lib=_library)
-torch.library.register_fake("fast_prompt::skip_adapter_backward", _fake_backward, lib=_library)
+def _flops_backward(
+    x: Sequence[int],
+    down_weight: Sequence[int],
+    up_weight: Sequence[int],
+    route: Sequence[int] | None,
+    kept_samples: Sequence[int] | None,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    """A product for each of the hidden layer, the normed rows and both weights; in a run its rows again."""
+    down, up = _products(x, down_weight, up_weight, 0 if kept_samples is None else kept_samples[0])
+    adapters = _adapters(down_weight, route)
+    need_x, need_down, need_up, need_down_bias, _bias, need_norm, need_norm_bias, need_scale, need_gates, _kept = needs
+    need_rows = need_x or need_norm or need_norm_bias
+    need_hidden = need_rows or need_down or need_down_bias or need_scale or need_gates
+    own = adapters * (up * (need_hidden + need_up) + down * need_down)
+    # Between the adapters of a run, rows are computed again and their gradients handed on.
+    return own + down * (adapters if need_rows else adapters - 1) + up * (adapters - 1)
+
+
+def _adapters(down_weight: Sequence[int], route: Sequence[int] | None) -> int:
+    """That a row goes through."""
+    return 1 if route is not None or len(down_weight) == 2 else down_weight[0]
+
+
+def _products(
+    x: Sequence[int], down_weight: Sequence[int], up_weight: Sequence[int], samples_kept: int
+) -> tuple[int, int]:
+    """FLOPs of the products of every row that is not kept with one adapter's down and up projection."""
+    rows = math.prod(x[:-1]) if len(x) < 3 else (x[0] - samples_kept) * x[1]
+    return 2 * rows * math.prod(down_weight[-2:]), 2 * rows * math.prod(up_weight[-2:])
+
+
+# ---- What backends have no kernels for ----
+
+# CUDA: a row's hidden layer, once for each expert, stays on chip; in bytes, and where there is little shared memory.
+_MOST_HIDDEN_BYTES, _MOST_HIDDEN_BYTES_SMALL = 6144, 2560
+_MOST_WIDTH = 768  # Triton: a row's hidden layer stays on chip
+_MOST_ITEMS = 65535  # Triton: of a launch grid's third dimension
+
+
+def _cuda_refuses(call: Call) -> str | None:
+    columns = call.sizes["adapter_width"] * max(1, call.sizes["num_experts"])
+    small = cuda.has_little_shared_memory(call.device)
+    most = (_MOST_HIDDEN_BYTES_SMALL if small else _MOST_HIDDEN_BYTES) // call.dtype.itemsize
+    return f"takes adapters up to {most} columns wide, over all experts, not {columns}" if columns > most else None
+
+
+def _triton_refuses(call: Call) -> str | None:
+    width, adapter_width = call.sizes["width"], call.sizes["adapter_width"]
+    if adapter_width > _MOST_WIDTH:
+        return f"takes hidden layers of up to {_MOST_WIDTH}, not {adapter_width}"
+    if max(call.sizes["num_experts"], 1) * adapter_width * width >= 2**31:
+        return f"takes an adapter's weights of fewer than 2**31 elements, not width {width}"
+    items = max(call.sizes["num_adapters"], call.sizes["num_experts"])
+    return f"takes up to {_MOST_ITEMS} adapters or experts, not {items}" if items > _MOST_ITEMS else None
+
+
+SKIP_ADAPTER = Op(
+    skip_adapter,
+    tensors=(
+        activation("x"),
+        weight("down_weight"),
+        weight("up_weight"),
+        weight("down_bias", optional=True),
+        weight("up_bias", optional=True),
+        weight("norm_weight", optional=True),
+        weight("norm_bias", optional=True),
+        scalars("scale", optional=True),
+        scalars("gates", optional=True),
+        activation(
+            "kept",
+            optional=True,
+            gradient_shape=lambda grad, kept_samples, **_: (kept_samples.shape[0], *grad.shape[1:]),
+        ),
+        index("route", planned=False),
+        index("kept_samples", planned=False),
+        index("seed", planned=False),
+    ),
+    options=(
+        choice("norm", tuple(NORMS)),
+        choice("activation", tuple(ACTIVATIONS)),
+        choice("residual", tuple(RESIDUALS)),
+        number("eps"),
+        number("dropout_p"),
+    ),
+    check=_check,
+    sizes=_sizes,
+    results=_results,
+    kernels={
+        "cpu": Kernels(),
+        "cuda": Kernels(_cuda_refuses),
+        "triton": Kernels(
+            _triton_refuses, "fast_prompt_kernels.skip_adapter", "fast_prompt_kernels.skip_adapter_backward"
+        ),
+    },
+    kept=("hidden",),
+    flops=_flops,
+    flops_backward=_flops_backward,
+    cases="fast_prompt.parity.skip_adapter",
+)

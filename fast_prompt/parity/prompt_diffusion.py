@@ -118,8 +118,9 @@ def draw(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    hidden = normal(*rows, width).to(dtype)
-    # Partly along hidden: the scale's gradient, one sum over everything, is then no small difference of large terms.
+    # Not around zero, and the gradient partly along it: the scale's gradient, one sum over everything, is then no small
+    # difference of large terms.
+    hidden = (normal(*rows, width) + 0.5).to(dtype)
     grad = (normal(*rows, width) + hidden / 2).to(dtype)
     keys = (normal(num_prompts, width) / width**0.5).to(weight_dtype)
     source = _away_from_kinks(normal(*rows, width).to(dtype), keys, generator)

@@ -1,6 +1,7 @@
 """Runs the parity cases; knows nothing of any particular op."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -10,17 +11,12 @@ import torch
 
 from fast_prompt import ops, reference
 from fast_prompt.backends import BACKENDS, refusals, use_backend
-from fast_prompt.ops.explain import CALL_FACTS
-from fast_prompt.parity import prompt_compress, prompt_diffusion, skip_adapter
+from fast_prompt.ops.declaration import OPS as DECLARED
 from fast_prompt.parity.problem import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
 # Each module has CASES, and build(case, dtype, device) that makes a Problem of one.
-OPS: dict[str, ModuleType] = {
-    "prompt_diffusion": prompt_diffusion,
-    "prompt_compress": prompt_compress,
-    "skip_adapter": skip_adapter,
-}
+OPS: dict[str, ModuleType] = {op.name: importlib.import_module(op.cases) for op in DECLARED.values() if op.cases}
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,9 @@ def _problem_for(backend: str, op: str, case: Any, dtype: torch.dtype) -> tuple[
     for device in devices():
         with _one_thread():
             problem = OPS[op].build(case, dtype, device)
-        reason = refusals(op, CALL_FACTS[op](**problem.tensors, **problem.options))[backend] or ""
+        declared = DECLARED[op]
+        call = declared.call(declared.arguments_of(**problem.tensors, **problem.options))
+        reason = refusals(declared, call)[backend] or ""
         if not reason:
             return problem, ""
     return None, reason

@@ -32,6 +32,7 @@ Speeds above are arithmetic: none of these kernels has run on a GPU yet.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ from fast_prompt_kernels.tiles import (
     launch_options,
     load_tile,
     multiprocessors,
+    needed,
     round_to,
     row_offsets,
     store_tile,
@@ -548,15 +550,16 @@ def attend(
 
 
 def prompt_compress(
-    query: Tensor, visual: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Tensor | None,
-    key_padding_mask: Tensor | None, seed: Tensor | None, num_heads: int, dropout_p: float,
-    keep_probabilities: bool, keep_attended: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    query: Tensor, visual: Tensor, key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None,
+    value_bias: Tensor | None, key_padding_mask: Tensor | None, seed: Tensor | None, num_heads: int, dropout_p: float,
+    keep: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
     """``fast_prompt.reference.prompt_compress`` on tensors that ``fast_prompt.backends.triton`` takes.
 
-    Returns the output [B, m, E], contiguous, dtype of ``query``, and in float32 the logarithm of the softmax's sums
-    [B, h, m], the probabilities before dropout [B, h, m, n] and y [B, h, m, d_v], these two or None.
+    Returns the output [B, m, E], contiguous, dtype of ``query``, and those to be kept, in float32, of the logarithm of
+    the softmax's sums [B, h, m], the probabilities before dropout [B, h, m, n] and y [B, h, m, d_v].
     """
+    _, keep_probabilities, keep_attended = keep
     sizes = Sizes.of(query, visual, num_heads)
 
     def empty(*shape: int) -> Tensor:
@@ -582,7 +585,7 @@ def prompt_compress(
             KEEP_PROBABILITIES=keep_probabilities, ADD_ATTENDED=keep_attended and token_pass.splits > 1,
             **blocks, **launch_options(tile),
         )  # fmt: skip
-    return output, logsumexp, probabilities, attended
+    return [output, *needed((logsumexp, probabilities, attended), keep)]
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from fast_prompt_kernels.tiles import (
     joined,
     launch_options,
     load_tile,
+    needed,
     round_to,
     row_offsets,
     store_tile,
@@ -279,15 +280,16 @@ def visual_gradient_kernel(
 
 
 def prompt_compress_backward(
-    grad: Tensor, query: Tensor, visual: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Tensor | None,
-    key_padding_mask: Tensor | None, seed: Tensor | None, num_heads: int, dropout_p: float,
-    logsumexp: Tensor, probabilities: Tensor | None, attended: Tensor | None, needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Five gradients, contiguous, in their inputs' dtypes, None where ``needs`` has False; the same bits every time.
+    grad: Tensor, query: Tensor, visual: Tensor, key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None,
+    value_bias: Tensor | None, key_padding_mask: Tensor | None, seed: Tensor | None,
+    logsumexp: Tensor, probabilities: Tensor | None, attended: Tensor | None, num_heads: int, dropout_p: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are needed, contiguous, in their inputs' dtypes; the same bits every time.
 
     grad is [B, m, E] of any strides; the forward's results are used where all of them are there.
     """
-    need_query, need_visual, need_key, need_value, need_bias = needs
+    need_query, need_visual, need_key, need_value, need_key_bias, need_bias = needs
     sizes, factor = Sizes.of(query, visual, num_heads), (query.shape[2] // num_heads) ** -0.5
     kept = probabilities is not None and attended is not None
     with device_guard(query.device):
@@ -310,13 +312,15 @@ def prompt_compress_backward(
         if need_value or need_bias:
             sums = kept_sums if need_bias else None
             grad_value, grad_bias = _weight_gradient(grad, values, logsumexp, sums, value_weight.dtype, 1.0, sizes)
-        return (
+        gradients = (
             _query_gradient(query, split_gradient, key_weight, factor, sizes) if need_query else None,
             _visual_gradient(coefficients, dy, u, visual, sizes) if need_visual else None,
             grad_key,
-            grad_value if need_value else None,
+            grad_value,
+            torch.zeros_like(key_bias) if need_key_bias else None,  # it shifts a row's scores alike
             grad_bias,
         )
+        return needed(gradients, needs)
 
 
 def _score_gradient(

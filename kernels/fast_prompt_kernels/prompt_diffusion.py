@@ -33,7 +33,7 @@ Speeds above are arithmetic: none of these kernels has run on a GPU yet.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,6 +44,7 @@ from fast_prompt_kernels.tiles import (
     TINY,
     Rows,
     Tile,
+    batched,
     coefficient_dot,
     coefficients_dtype,
     device_guard,
@@ -53,6 +54,7 @@ from fast_prompt_kernels.tiles import (
     launch_options,
     load_tile,
     multiprocessors,
+    needed,
     round_to,
     row_offsets,
     store_tile,
@@ -155,10 +157,10 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_LENGTHS)
 def coefficients_kernel(
     prompt_coefficients, key_coefficients, grad_hidden, scale_partials,
-    grad, hidden, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
+    grad, output, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
     rows, rows_per_batch, d, p, pitch,
-    grad_stride_batch, grad_stride_row, hidden_stride_batch, hidden_stride_row, source_stride_batch, source_stride_row,
-    GRAD_FLAT: tl.constexpr, HIDDEN_FLAT: tl.constexpr, SOURCE_FLAT: tl.constexpr,
+    grad_stride_batch, grad_stride_row, output_stride_batch, output_stride_row, source_stride_batch, source_stride_row,
+    GRAD_FLAT: tl.constexpr, OUTPUT_FLAT: tl.constexpr, SOURCE_FLAT: tl.constexpr,
     NEED_PROMPTS: tl.constexpr, NEED_SCORES: tl.constexpr, NEED_HIDDEN: tl.constexpr, NEED_SCALE: tl.constexpr,
     SOFTMAX: tl.constexpr, MAX_WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, SPLIT_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -170,7 +172,7 @@ def coefficients_kernel(
     valid = row < rows
     column = tl.arange(0, BLOCK_P)
     scale = tl.exp(tl.load(log_scale))
-    if NEED_PROMPTS or NEED_SCORES or NEED_SCALE:
+    if NEED_PROMPTS or NEED_SCORES:
         source_offsets = row_offsets(row, rows_per_batch, source_stride_batch, source_stride_row, SOURCE_FLAT)
         signed = _signed_activation(
             source, source_offsets, valid, row, keys, keys_low, seed, threshold, d, p,
@@ -186,33 +188,34 @@ def coefficients_kernel(
             )  # fmt: skip
 
     product = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)  # T = G P^T
-    overlap = tl.zeros([BLOCK_M], tl.float32)  # rows' sums of G H
+    overlap = tl.zeros([BLOCK_M], tl.float32)  # rows' sums of G Y
     if NEED_SCORES or NEED_HIDDEN or NEED_SCALE:
         grad_offsets = row_offsets(row, rows_per_batch, grad_stride_batch, grad_stride_row, GRAD_FLAT)
-        hidden_offsets = row_offsets(row, rows_per_batch, hidden_stride_batch, hidden_stride_row, HIDDEN_FLAT)
+        output_offsets = row_offsets(row, rows_per_batch, output_stride_batch, output_stride_row, OUTPUT_FLAT)
         for start in tl.range(0, d, BLOCK_D):
             lane = start + tl.arange(0, BLOCK_D)
             g = load_tile(grad, grad_offsets, lane, valid, lane < d)
-            if NEED_SCORES or NEED_SCALE:
+            if NEED_SCORES:
                 product = dot(g, load_tile(prompts, lane, column * d, lane < d, column < p), product)
             g = g.to(tl.float32)
             if NEED_HIDDEN:
                 store_tile(grad_hidden + first_row * d, local_row * d, lane, valid, lane < d, scale * g)
             if NEED_SCALE:
-                h = load_tile(hidden, hidden_offsets, lane, valid, lane < d).to(tl.float32)
-                overlap += tl.sum(g * h, axis=1)
+                y = load_tile(output, output_offsets, lane, valid, lane < d).to(tl.float32)
+                overlap += tl.sum(g * y, axis=1)
 
-    if NEED_SCORES or NEED_SCALE:
+    if NEED_SCALE:
+        tl.store(scale_partials + tl.program_id(0), tl.sum(overlap))
+    if NEED_SCORES:
         product *= weight[:, None]  # dR, times the scale of what dropout keeps
-        pull = tl.where(signed > 0, signed * product, 0.0)  # R dR
-        moment = tl.sum(pull, axis=1)
-        if NEED_SCALE:
-            tl.store(scale_partials + tl.program_id(0), tl.sum(scale * overlap + moment))
-        if NEED_SCORES:
-            grad_scores = pull - tl.abs(signed) * moment[:, None] if SOFTMAX else tl.where(signed > 0, product, 0.0)
-            store_tile(
-                key_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, grad_scores
-            )
+        if SOFTMAX:
+            pull = tl.where(signed > 0, signed * product, 0.0)  # R dR
+            grad_scores = pull - tl.abs(signed) * tl.sum(pull, axis=1)[:, None]
+        else:
+            grad_scores = tl.where(signed > 0, product, 0.0)
+        store_tile(
+            key_coefficients + first_row * pitch, local_row * pitch, column, valid, column < pitch, grad_scores
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -370,7 +373,7 @@ class _Plan(NamedTuple):
         cls, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, seed: Tensor | None,
         activation: str, row_weight: str, dropout_p: float,
     ) -> "_Plan":  # fmt: skip
-        batch, rows_per_batch, width = source.shape
+        batch, rows_per_batch, width = batched(source).shape
         rows, num_prompts = batch * rows_per_batch, prompts.shape[0]
         tile = row_tile(num_prompts, source.dtype)
         if triton.cdiv(rows, tile.rows) < multiprocessors(source.device):
@@ -401,37 +404,44 @@ class _Plan(NamedTuple):
         return cls(rows_of_source, weights, rows, rows_per_batch, width, num_prompts, grid, arguments)
 
 
-def prompt_diffusion(
-    hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, seed: Tensor | None,
-    activation: str, row_weight: str, dropout_p: float,
-) -> Tensor:  # fmt: skip
-    """``fast_prompt.reference.prompt_diffusion`` on tensors that ``fast_prompt.backends.triton`` takes.
+def prompt_diffusion(hidden: Tensor, *arguments: Any) -> list[Tensor]:
+    """``fast_prompt.reference.prompt_diffusion`` for tensors that ``fast_prompt.backends.triton`` takes.
 
-    hidden and source are [B, n, d] of any strides, not empty; log_scale (float32) and seed (int64) are scalars on
-    their device. Returns [B, n, d], contiguous, dtype of ``hidden``.
+    hidden and source are [n, d] or [B, n, d] of any strides, not empty; log_scale (float32) and seed (int64) are
+    scalars on their device. Returns a contiguous tensor like ``hidden``.
     """
+    output = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    _forward(output, hidden, *arguments)
+    return [output]
+
+
+def prompt_diffusion_(hidden: Tensor, *arguments: Any) -> None:
+    """The same, written over ``hidden``, which is contiguous."""
+    _forward(hidden, hidden, *arguments)
+
+
+def _forward(
+    output: Tensor, hidden: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor,
+    seed: Tensor | None, activation: str, row_weight: str, dropout_p: float,
+) -> None:  # fmt: skip
     with device_guard(source.device):
         plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
-        rows_of_hidden = Rows.of(hidden)
-        output = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        forward_kernel[plan.grid](
-            output=output, hidden=rows_of_hidden.tensor, **rows_of_hidden.strides("hidden"), **plan.arguments
-        )
-    return output
+        rows = Rows.of(hidden)
+        forward_kernel[plan.grid](output=output, hidden=rows.tensor, **rows.strides("hidden"), **plan.arguments)
 
 
 def prompt_diffusion_backward(
-    grad: Tensor, hidden: Tensor | None, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor,
-    seed: Tensor | None, activation: str, row_weight: str, dropout_p: float, needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Five gradients, contiguous, in their inputs' dtypes, None where ``needs`` has False; the same bits every time.
+    grad: Tensor, source: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, seed: Tensor | None,
+    output: Tensor | None, activation: str, row_weight: str, dropout_p: float, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are needed, contiguous, in their inputs' dtypes; the same bits every time.
 
-    grad is [B, n, d] of any strides; hidden may be None where log_scale's gradient is not needed.
+    grad is like source, of any strides; the output may be None where log_scale's gradient is not needed.
     """
     need_hidden, need_source, need_prompts, need_keys, need_scale = needs
     with device_guard(source.device):
         plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
-        rows_of_grad, rows_of_hidden = Rows.of(grad), Rows.of(hidden if need_scale else None)
+        rows_of_grad, rows_of_output = Rows.of(grad), Rows.of(output if need_scale else None)
         pitch = 16 * triton.cdiv(plan.num_prompts, 16)  # keeps rows of the coefficients aligned for wide loads
 
         def empty(needed: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
@@ -446,17 +456,20 @@ def prompt_diffusion_backward(
             prompt_coefficients=prompt_coefficients, key_coefficients=key_coefficients,
             grad_hidden=grad_hidden, scale_partials=scale_partials,
             grad=rows_of_grad.tensor, **rows_of_grad.strides("grad"),
-            hidden=rows_of_hidden.tensor, **rows_of_hidden.strides("hidden"), pitch=pitch,
+            output=rows_of_output.tensor, **rows_of_output.strides("output"), pitch=pitch,
             NEED_PROMPTS=need_prompts, NEED_SCORES=need_source or need_keys, NEED_HIDDEN=need_hidden,
             NEED_SCALE=need_scale, **plan.arguments,
         )  # fmt: skip
         weight_dtype = prompts.dtype
-        return (
-            grad_hidden,
-            _source_gradient(key_coefficients, plan) if need_source else None,
-            _weight_gradient(prompt_coefficients, rows_of_grad, plan, weight_dtype) if need_prompts else None,
-            _weight_gradient(key_coefficients, plan.source, plan, weight_dtype) if need_keys else None,
-            scale_partials.sum() if need_scale else None,
+        return needed(
+            (
+                grad_hidden,
+                _source_gradient(key_coefficients, plan).view(source.shape) if need_source else None,
+                _weight_gradient(prompt_coefficients, rows_of_grad, plan, weight_dtype) if need_prompts else None,
+                _weight_gradient(key_coefficients, plan.source, plan, weight_dtype) if need_keys else None,
+                scale_partials.sum().view(log_scale.shape) if need_scale else None,
+            ),
+            needs,
         )
 
 

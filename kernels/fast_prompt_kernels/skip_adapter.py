@@ -25,6 +25,7 @@ Precision: sums are float32; half activations meet weights rounded to half once.
 these kernels has run on a GPU yet.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from fast_prompt_kernels.skip_adapter_fold import Folded, fold
 from fast_prompt_kernels.tiles import (
     Rows,
     Tile,
+    batched,
     chunk_width,
     device_guard,
     dot,
@@ -44,6 +46,7 @@ from fast_prompt_kernels.tiles import (
     launch_options,
     load_tile,
     multiprocessors,
+    needed,
     round_to,
     row_offsets,
     store_tile,
@@ -441,7 +444,11 @@ class Parameters(NamedTuple):
         cls, dtype: torch.dtype, norm: str, down_weight: Tensor, up_weight: Tensor, *others: Tensor | None
     ) -> "Parameters":
         """From the op's arguments, ``others`` in their order."""
-        rest = [None if other is None else other.contiguous() for other in others]
+        parameters, numbers = others[:4], others[4:]
+        if down_weight.dim() == 2:
+            down_weight, up_weight = down_weight.unsqueeze(0), up_weight.unsqueeze(0)
+            parameters = [None if other is None else other.unsqueeze(0) for other in parameters]
+        rest = [None if other is None else other.contiguous() for other in (*parameters, *numbers)]
         down_bias, _, norm_weight, norm_bias, _, _ = rest
         folded = None
         if norm in ("layer", "rms"):
@@ -541,24 +548,32 @@ class Plan(NamedTuple):
 
 
 def skip_adapter(
-    output: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
-    up_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, scale: Tensor | None,
-    gates: Tensor | None, route: Tensor | None, seed: Tensor | None,
-    norm: str, activation: str, residual: str, eps: float, dropout_p: float, keep_hidden: bool,
-) -> Tensor | None:  # fmt: skip
-    """Writes ``fast_prompt.reference.skip_adapter`` to ``output``, rows of samples of route -1 excepted.
+    x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, scale: Tensor | None, gates: Tensor | None,
+    kept: Tensor | None, route: Tensor | None, kept_samples: Tensor | None, seed: Tensor | None,
+    norm: str, activation: str, residual: str, eps: float, dropout_p: float, keep: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """``fast_prompt.reference.skip_adapter`` on tensors that ``fast_prompt.backends.triton`` takes.
 
-    Arguments as ``fast_prompt.backends.triton`` takes them. Returns the hidden layer before its activation,
-    [A, B, n, w] ([1, B, n, w] with a route), dtype of ``x``, or None.
+    Returns the output and, where it is to be kept, the hidden layer before its activation, [A, B, n, w] ([1, B, n, w]
+    with a route), dtype of ``x``.
     """
-    parameters = (down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates)
-    adapters = 1 if route is not None else down_weight.shape[0]
+    x, shape = batched(x), x.shape
+    parameters = Parameters.of(
+        x.dtype, norm, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates
+    )
+    adapters, width, _ = parameters.down_weight.shape
     with device_guard(x.device):
+        output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        kept_adapters = 1 if route is not None else adapters
         hidden = None
-        if keep_hidden:
-            hidden = torch.empty((adapters, *x.shape[:-1], down_weight.shape[1]), dtype=x.dtype, device=x.device)
-        plan = Plan.of(
-            x, Parameters.of(x.dtype, norm, *parameters), route, seed, norm, activation, residual, eps, dropout_p
-        )
-        plan.forward(output, hidden, adapters, 0, again=False)
-    return hidden
+        if keep[0]:
+            hidden = torch.empty((kept_adapters, *x.shape[:-1], width), dtype=x.dtype, device=x.device)
+        plan = Plan.of(x, parameters, route, seed, norm, activation, residual, eps, dropout_p)
+        plan.forward(output, hidden, kept_adapters, 0, again=False)
+        if kept_samples is not None and kept_samples.numel():
+            if kept is not None:
+                output.index_copy_(0, kept_samples, kept)
+            if hidden is not None:
+                hidden.index_fill_(1, kept_samples, 0)  # left alone, it would be another at every call
+    return [output.view(shape), *needed((hidden,), keep)]

@@ -42,11 +42,13 @@ from fast_prompt_kernels.skip_adapter import (
 from fast_prompt_kernels.skip_adapter_sums import SPLIT_ROWS, product_tile, sum_partials, weight_gradient_kernel
 from fast_prompt_kernels.tiles import (
     Rows,
+    batched,
     device_guard,
     dot,
     launch_options,
     load_tile,
     multiprocessors,
+    needed,
     round_to,
     row_offsets,
     store_tile,
@@ -506,23 +508,28 @@ class Backward(NamedTuple):
 def skip_adapter_backward(
     grad: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
     up_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, scale: Tensor | None,
-    gates: Tensor | None, route: Tensor | None, seed: Tensor | None, hidden: Tensor,
+    gates: Tensor | None, route: Tensor | None, kept_samples: Tensor | None, seed: Tensor | None, hidden: Tensor,
     norm: str, activation: str, residual: str, eps: float, dropout_p: float, needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Nine gradients, contiguous, in their inputs' dtypes, None where ``needs`` has False; the same bits every time.
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are needed, contiguous, in their inputs' dtypes; the same bits every time.
 
-    grad is [B, n, d] of any strides; with a route, rows of samples of route -1 stay undefined in the gradient of x.
+    grad is like x, of any strides.
     """
     inputs = (x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, scale, gates)
-    wanted = Needs(*needs)
-    adapters = hidden.shape[0]
+    *own_needs, need_kept = needs
+    wanted = Needs(*own_needs)
+    adapters, outer = hidden.shape[0], grad
     with device_guard(x.device):
-        parameters = Parameters.of(x.dtype, norm, *inputs[1:])
-        plan = Plan.of(x, parameters, route, seed, norm, activation, residual, eps, dropout_p, backward=True)
+        # Of each adapter's: a leading dimension that a single one's parameters have not.
+        stacked = [value if value is None or down_weight.dim() == 3 else value.unsqueeze(0) for value in inputs[1:7]]
+        shaped = (x, *stacked, None if scale is None else scale.view(-1), gates)
         results = [
             torch.empty(value.shape, dtype=value.dtype, device=value.device) if need and value is not x else None
-            for value, need in zip(inputs, wanted, strict=True)
+            for value, need in zip(shaped, wanted, strict=True)
         ]
+        x, grad, shape = batched(x), batched(grad), x.shape
+        parameters = Parameters.of(x.dtype, norm, *inputs[1:])
+        plan = Plan.of(x, parameters, route, seed, norm, activation, residual, eps, dropout_p, backward=True)
         backward = Backward(plan, wanted, results)
         inner = torch.empty((adapters - 1, *x.shape), dtype=x.dtype, device=x.device)
         if adapters > 1:
@@ -530,4 +537,12 @@ def skip_adapter_backward(
         for adapter in reversed(range(adapters)):
             source, need_x = (inner[adapter - 1], True) if adapter else (x, wanted.x)
             grad = backward.adapter(adapter, grad, source, hidden[adapter], need_x)
-    return (grad if wanted.x else None, *results[1:])
+        if wanted.x:
+            results[0] = grad.view(shape)
+            if kept_samples is not None and kept_samples.numel():
+                results[0].index_fill_(0, kept_samples, 0)
+        gradient_of_kept = outer.index_select(0, kept_samples) if need_kept else None
+    found = [
+        result if result is None else result.view(like.shape) for result, like in zip(results, inputs, strict=True)
+    ]
+    return needed((*found, gradient_of_kept), needs)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,16 @@ def joined(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def batched(tensor: Tensor) -> Tensor:
+    """[n, d] as [1, n, d]."""
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
+
+
+def needed(gradients: Iterable[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Those that are needed, in their order."""
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need and gradient is not None]
+
+
 class Rows(NamedTuple):
     """A [B, n, d] tensor as kernels take it: neighbouring elements in a row, any stride of rows and batches."""
 
@@ -104,8 +115,8 @@ class Rows(NamedTuple):
         """Copies only where neighbours in a row lie apart."""
         if tensor is None:
             return cls(None, 0, 0, True)
+        tensor = joined(batched(tensor))
         batch, rows_per_batch, _ = tensor.shape
-        tensor = joined(tensor)
         stride_batch, stride_row, _ = tensor.stride()
         if rows_per_batch == 1:
             return cls(tensor, 0, stride_batch, True)

@@ -295,3 +295,14 @@ void copy_wait(int pending) {
 }
 
 }  // namespace simt
+
+// By name, for Python; null if there is none.
+extern "C" int* simt_setting(const char* name) {
+  auto& all = simt::settings();
+  const std::string wanted = name;
+  if (wanted == "reverse") return &all.reverse;
+  if (wanted == "late_copies") return &all.late_copies;
+  if (wanted == "multiprocessors") return &all.multiprocessors;
+  if (wanted == "shared_bytes") return &all.shared_bytes;
+  return wanted == "most_shared_bytes" ? &all.most_shared_bytes : nullptr;
+}

@@ -17,8 +17,8 @@ namespace simt {
 constexpr int WARP = 32;
 
 struct Settings {
-  bool reverse = false;      // blocks, warps and lanes from last to first
-  bool late_copies = true;   // cp.async moves data when it is waited for; else at once. A real one: any time between.
+  int reverse = 0;           // blocks, warps and lanes from last to first
+  int late_copies = 1;       // cp.async moves data when it is waited for; else at once. A real one: any time between.
   int multiprocessors = 2;
   int shared_bytes = 227 << 10;
   int most_shared_bytes = 0;  // that a launch has asked for; counted up by launches

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fast_prompt.backends.call import CALLS
 from fast_prompt.bench import machine
+from fast_prompt.ops.declaration import OPS
 from gpu_check.outcome import Figures
 from gpu_check.place import ROOT, Place
 
@@ -35,7 +35,7 @@ def describe(place: Place, figures: Figures) -> None:
 
 def sources() -> dict[str, dict[str, str]]:
     """By op and backend, a digest of the kernels' source: a record holds for these files and no others."""
-    return {op: {backend: digest(op, backend) for backend in kernel_files(op)} for op in CALLS}
+    return {op: {backend: digest(op, backend) for backend in kernel_files(op)} for op in OPS}
 
 
 def kernel_files(op: str) -> dict[str, str]:
@@ -46,7 +46,7 @@ def kernel_files(op: str) -> dict[str, str]:
 
 def digest(op: str, backend: str) -> str:
     """Twelve hexadecimal digits of the SHA-256 of all source that an op's kernels may be made of."""
-    others = tuple(other for other in CALLS if other != op)
+    others = tuple(other for other in OPS if other != op)
     folder = sorted((ROOT / FOLDERS[backend]).iterdir())
     files = [path for path in folder if path.suffix in SOURCES and not path.name.startswith(others)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fast_prompt import parity
 from fast_prompt.backends import BACKENDS
-from fast_prompt.backends.call import CALLS
+from fast_prompt.ops.declaration import OPS
 from gpu_check.machine import digest, kernel_files
 from gpu_check.place import ROOT
 from gpu_check.report import LAUNCHED_HEADERS, SPEED_HEADERS, launched_rows, speed_rows
@@ -56,7 +56,7 @@ def records() -> list[Entry]:
 
 def render(measured: list[Entry]) -> str:
     """The page's text, for these records."""
-    parts = [INTRODUCTION, *(_kernels(op, measured) for op in CALLS if kernel_files(op))]
+    parts = [INTRODUCTION, *(_kernels(op, measured) for op in OPS if kernel_files(op))]
     parts += [_speeds(record) for record in measured] or [NO_SPEED]
     return "\n".join(parts)
 
