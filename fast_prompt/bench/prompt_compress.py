@@ -21,6 +21,7 @@ from fast_prompt.reference.prompt_compress import split_heads
 SHAPE_KEYS = ("B", "m", "n", "d", "h")
 LARGEST: dict[str, int] = {}
 PASSES = ("fwd", "fwdbwd")
+ONE_ROW = {"B": 1, "m": 1}
 DEFAULT_SHAPES = tuple({"B": 64, "m": m, "n": 197, "d": 768, "h": 12} for m in (1, 4, 16))
 TRAINED = ("query", "key_weight", "value_weight", "value_bias")
 # Not counted as kept for the backward: the tokens exist anyway.

@@ -18,6 +18,7 @@ from fast_prompt.parity.prompt_diffusion import draw
 SHAPE_KEYS = ("B", "n", "d", "p")
 LARGEST = {"p": MAX_PROMPTS}
 PASSES = ("fwd", "fwdbwd")
+ONE_ROW = {"B": 1, "n": 1}
 DEFAULT_SHAPES = tuple({"B": 8, "n": 237, "d": 768, "p": p} for p in (4, 16, 64, 200))
 GPU_SHAPES = tuple(
     {"B": batch, "n": 577, "d": 768, "p": p} for batch, p in ((64, 16), (64, 64), (64, 200), (1, 16), (1, 200))

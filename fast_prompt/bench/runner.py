@@ -26,7 +26,7 @@ from fast_prompt.parity import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
 # Each module has SHAPE_KEYS, LARGEST, DEFAULT_SHAPES, PASSES and PARAMETERS, and the functions problem, products,
-# flops, traffic and contenders. GPU_SHAPES, where it is, is what a GPU is filled with.
+# flops, traffic and contenders. GPU_SHAPES, where it is, is what a GPU is filled with; ONE_ROW makes a shape one row.
 OPS: dict[str, ModuleType] = {
     "prompt_diffusion": prompt_diffusion,
     "prompt_compress": prompt_compress,

@@ -17,6 +17,7 @@ from fast_prompt.parity.skip_adapter import Case, draw
 SHAPE_KEYS = ("B", "n", "d", "width")
 LARGEST: dict[str, int] = {}
 PASSES = ("fwd", "fwdbwd")
+ONE_ROW = {"B": 1, "n": 1}
 DEFAULT_SHAPES = tuple({"B": 8, "n": 237, "d": d, "width": width} for d, width in ((768, 96), (768, 192), (384, 48)))
 GPU_SHAPES = tuple(
     {"B": batch, "n": n, "d": d, "width": width}

@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import math
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from fast_prompt import bench
+from fast_prompt.bench import machine
 from fast_prompt.cli.output import emit_json, emit_table, note
 from fast_prompt.parity import DTYPES
 
@@ -20,6 +22,7 @@ examples:
   fast-prompt bench --op prompt_diffusion --shape B=1,n=50,d=512,p=16 --shape B=1,n=50,d=512,p=64 --json
   fast-prompt bench --op apt_model --shape B=8,n=185,p=200,layers=4 --rounds 10
   fast-prompt bench --op route_block
+  fast-prompt bench --op skip_adapter --overhead
 
 All contenders run in turn, round by round. speedup is the best baseline's median over this one's; no speed-up is
 given, and the exit code is 1, where a backend's results are not within the tolerance at that very shape. floor is
@@ -44,12 +47,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     add("--device", type=_device, default=_default_device(), help="default %(default)s")
     add("--rounds", type=_rounds, default=30, help="samples of each contender (default %(default)s)")
     add("--saved-bytes", action="store_true", help="add saved_bytes to the JSON: what is kept for the backward")
+    add("--overhead", action="store_true", help="time what Python costs a call of one row, and nothing else")
     add("--json", action="store_true", help="print machine and rows as JSON")
     parser.set_defaults(fail=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns 1 if one of our contenders fails parity."""
+    if args.overhead:
+        return _run_overhead(args)
     try:
         shapes = [bench.check_shape(args.op, shape) for shape in args.shape or bench.OPS[args.op].DEFAULT_SHAPES]
     except ValueError as error:
@@ -72,7 +78,22 @@ def run(args: argparse.Namespace) -> int:
     return int(not report.ok)
 
 
-def _progress(setting: bench.Setting) -> bench.Progress:
+def _run_overhead(args: argparse.Namespace) -> int:
+    """Prints what Python costs an op's calls."""
+    try:
+        found = bench.measure(args.op, args.device, args.rounds, _progress("overhead"))
+    except ValueError as error:
+        args.fail(f"argument --op: {error}")
+    if args.json:
+        emit_json({"machine": machine.describe(args.device), "overhead": [asdict(each) for each in found]})
+        return 0
+    rows = [[each.call, *(f"{us:.1f}" for us in (each.call_us, each.registered_us, each.python_us))] for each in found]
+    print(f"{args.op}, one row, microseconds")
+    emit_table(["call", "whole", "registered op", "Python"], rows)
+    return 0
+
+
+def _progress(setting: object) -> bench.Progress:
     return lambda rounds: iter(tqdm(rounds, desc=str(setting), unit=" round", file=sys.stderr, disable=None))
 
 

@@ -121,13 +121,20 @@ class Plan:
     """
 
     def __init__(
-        self, op: "Op", call: Call, form: str, casts: tuple[torch.dtype | None, ...], numbers: tuple[Any, ...]
-    ):
-        self.op, self.call, self.form, self.casts, self.numbers = op, call, form, casts, numbers
+        self,
+        op: "Op",
+        call: Call,
+        form: str,
+        casts: tuple[torch.dtype | None, ...],
+        numbers: tuple[Any, ...],
+        keep: list[bool],
+    ) -> None:
+        self.op, self.call, self.form, self.numbers, self.keep = op, call, form, numbers, keep
+        self.casts = casts if any(casts) else None
 
     def cast(self, *tensors: Tensor | None) -> tuple[Any, ...]:
         """The op's first tensors in the dtypes that the kernels, or the definition, get."""
-        if not any(self.casts):
+        if self.casts is None:
             return tensors
         pairs = zip(tensors, self.casts, strict=False)
         return tuple(tensor if dtype is None or tensor is None else tensor.to(dtype) for tensor, dtype in pairs)
@@ -145,8 +152,18 @@ class Plan:
             # A custom Function costs as much as an op on few rows: only where a gradient may be asked for.
             for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
-                    return op.function.apply(self.form, overwrite, *tensors, *self.numbers)
-        return op.forward(self.form, overwrite, tensors, self.numbers, op.keep_nothing)[0]
+                    return op.function.apply(self, overwrite, *tensors)
+        return self.forward(overwrite, tensors, op.keep_nothing)[0]
+
+    def forward(self, overwrite: bool, tensors: Sequence[Any], keep: Sequence[bool]) -> list[Tensor]:
+        """The output, and what is kept of it, by the backend's registered op."""
+        op = self.op
+        if overwrite and tensors[op.over].is_contiguous():
+            op.registered(self.form, "_")(*tensors, *self.numbers)
+            return [tensors[op.over]]
+        if op.kept:
+            return op.registered(self.form, "")(*tensors, *self.numbers, keep)
+        return op.registered(self.form, "")(*tensors, *self.numbers)
 
 
 class Op:
@@ -211,9 +228,12 @@ class Op:
         self.planned: tuple[Argument | Option, ...] = (*(tensor for tensor in tensors if tensor.planned), *options)
         self.differentiable = tuple(tensor for tensor in tensors if tensor.role != "index")
         self.kept, self.keep = tuple(kept), keep
-        self.keep_nothing = tuple(each in always_kept for each in kept)
+        self.keep_nothing = [each in always_kept for each in kept]
         self.check, self.sizes, self.results, self.other_form = check, sizes, results, other_form
-        self.output_saved_for, self.overwritten = output_saved_for, overwritten
+        self.overwritten = overwritten
+        places = {tensor.name: place for place, tensor in enumerate(tensors)}
+        self.over = places[overwritten] if overwritten else -1
+        self.output_saved_for = places[output_saved_for] if output_saved_for else -1
         self.flops, self.flops_backward, self.cases = flops, flops_backward, cases
         keep_flags = [Option("keep", "bool[]")] if kept else []
         results_saved = (("output",) if output_saved_for else ()) + self.kept
@@ -227,7 +247,7 @@ class Op:
         )
         self._plans: dict[object, Plan] = {}
         self._library = torch.library.Library(namespace, "FRAGMENT")
-        self._defined: set[str] = set()
+        self._registered: dict[tuple[str, str], Any] = {}  # by the backend's suffix and "", "_" or "_backward"
         for backend in self.kernels:
             self.define(backend)
         self.function = _autograd_function(self)
@@ -239,14 +259,17 @@ class Op:
     def define(self, backend: str) -> None:
         """Registers the ops of a backend; those of the compiled library, with one name for CPU and CUDA, once."""
         suffix = BACKENDS[backend].suffix
-        if suffix in self._defined:
+        if (suffix, "") in self._registered:
             return
-        self._defined.add(suffix)
         forward, backward = f"{self.name}{suffix}", f"{self.name}_backward{suffix}"
         self._register(forward, self.forward_arguments, "Tensor[]", backend, self._fake)
         self._register(backward, self.backward_arguments, "Tensor[]", backend, self._fake_backward)
+        names = {"": forward, "_backward": backward}
         if self.overwritten:
-            self._register(f"{forward}_", self.forward_arguments, "()", backend, lambda backend, **_: None)
+            names["_"] = f"{forward}_"
+            self._register(names["_"], self.forward_arguments, "()", backend, lambda backend, **_: None)
+        for kind, each in names.items():
+            self._registered[suffix, kind] = getattr(getattr(torch.ops, self.namespace), each).default
 
     def _register(
         self, name: str, arguments: Sequence[Argument | Option], result: str, backend: str, fake: Callable[..., Any]
@@ -273,9 +296,7 @@ class Op:
 
     def registered(self, form: str, suffix: str) -> Any:
         """A backend's registered op: suffix ``""``, ``"_"`` or ``"_backward"``."""
-        own = BACKENDS[form].suffix
-        name = f"{self.name}_backward{own}" if suffix == "_backward" else f"{self.name}{own}{suffix}"
-        return getattr(getattr(torch.ops, self.namespace), name).default
+        return self._registered[BACKENDS[form].suffix, suffix]
 
     def _fake(self, backend: str, **arguments: Any) -> list[Tensor]:
         return self.results(backend=backend, **arguments)
@@ -291,18 +312,6 @@ class Op:
 
     # ---- Calls ----
 
-    def forward(
-        self, form: str, overwrite: bool, tensors: Sequence[Any], numbers: Sequence[Any], keep: Sequence[bool]
-    ) -> list[Tensor]:
-        """The output, and what is kept of it, by a backend's registered op."""
-        flags = (list(keep),) if self.kept else ()
-        if overwrite:
-            position = [tensor.name for tensor in self.tensors].index(self.overwritten or "")
-            if tensors[position].is_contiguous():
-                self.registered(form, "_")(*tensors, *numbers, *flags)
-                return [tensors[position]]
-        return self.registered(form, "")(*tensors, *numbers, *flags)
-
     def plan(self, *arguments: Any) -> Plan:
         """Checks a call, once for all that are alike, and says how to run it.
 
@@ -316,15 +325,21 @@ class Op:
         if torch.compiler.is_compiling() or is_transformed(*arguments):
             return self._new_plan(arguments)
         try:
-            kind = (forced(), activation_dtype(arguments[0]), *[_kind(value) for value in arguments])
-            plan = self._plans.get(kind)
+            kind: list[Any] = [forced(), activation_dtype(arguments[0])]
+            for value in arguments:
+                if isinstance(value, Tensor):
+                    kind += (value.shape, value.dtype, value.device, value.layout)
+                else:
+                    kind += (type(value), value)
+            key = tuple(kind)
+            plan = self._plans.get(key)
         except (TypeError, RuntimeError, AttributeError):  # what cannot be hashed; a nested tensor's shape; no tensor
             return self._new_plan(arguments)
         if plan is None:
             plan = self._new_plan(arguments)
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            self._plans[kind] = plan
+            self._plans[key] = plan
         return plan
 
     def _new_plan(self, arguments: tuple[Any, ...]) -> Plan:
@@ -340,7 +355,8 @@ class Op:
         wanted = {"activation": call.dtype, "scalars": scalars}
         casts = tuple(_cast(named.get(argument.name), wanted.get(argument.role)) for argument in self.tensors)
         numbers = tuple([option.number(named[option.name]) for option in self.options])
-        return Plan(self, call, form, casts, numbers)
+        keep = list(self.keep(**named)) if self.keep else [True] * len(self.kept)
+        return Plan(self, call, form, casts, numbers, keep)
 
     def _form(self, named: dict[str, Any], call: Call) -> str:
         if any(0 in named[argument.name].shape for argument in self.tensors if not argument.optional):
@@ -401,12 +417,6 @@ def _cast(value: Tensor | None, wanted: torch.dtype | None) -> torch.dtype | Non
     return None if value is None or value.dtype == wanted else wanted
 
 
-def _kind(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout
-    return type(value), value
-
-
 def _choice(op: Op) -> Callable[..., str]:
     def chosen(
         forced: str | None,
@@ -427,36 +437,30 @@ def _choice(op: Op) -> Callable[..., str]:
 
 def _autograd_function(op: Op) -> Any:
     """The op's ``torch.autograd.Function``, which ties the registered ops together."""
-    count = len(op.tensors)
-    scaled = [each.name for each in op.tensors].index(op.output_saved_for) if op.output_saved_for else None
-    over = [each.name for each in op.tensors].index(op.overwritten) if op.overwritten else None
+    saved_places = [place for place, tensor in enumerate(op.tensors) if tensor.is_saved]
+    differentiable = [2 + place for place, tensor in enumerate(op.tensors) if tensor.role != "index"]
 
-    def forward(ctx: Any, form: str, overwrite: bool, *arguments: Any) -> Tensor:
-        tensors, numbers = arguments[:count], arguments[count:]
-        keep: Sequence[bool] = ()
-        if op.kept:
-            named = dict(zip([*(each.name for each in op.tensors)], tensors, strict=True))
-            options = {each.name: value for each, value in zip(op.options, numbers, strict=True)}
-            keep = op.keep(**named, **options) if op.keep else (True,) * len(op.kept)
-        output, *found = op.forward(form, overwrite, tensors, numbers, keep)
-        if over is not None and output is tensors[over]:
+    def forward(ctx: Any, plan: Plan, overwrite: bool, *tensors: Any) -> Tensor:
+        output, *found = plan.forward(overwrite, tensors, plan.keep)
+        if overwrite and output is tensors[op.over]:
             ctx.mark_dirty(output)
-        results = iter(found)
-        saved = [tensor for tensor, argument in zip(tensors, op.tensors, strict=True) if argument.is_saved]
-        if scaled is not None:
-            saved.append(output if ctx.needs_input_grad[2 + scaled] else None)
-        ctx.save_for_backward(*saved, *(next(results) if each else None for each in keep))
-        ctx.form, ctx.numbers = form, numbers
+        saved = [tensors[place] for place in saved_places]
+        if op.output_saved_for >= 0:
+            saved.append(output if ctx.needs_input_grad[2 + op.output_saved_for] else None)
+        if op.kept:
+            kept = iter(found)
+            saved += [next(kept) if each else None for each in plan.keep]
+        ctx.save_for_backward(*saved)
+        ctx.plan = plan
         return output
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_derivatives_of_backward(op.name, grad)
-        asked = ctx.needs_input_grad[2 : 2 + count]
-        needs = [need for need, argument in zip(asked, op.tensors, strict=True) if argument.role != "index"]
-        run = op.registered(ctx.form, "_backward")
-        gradients: Iterator[Tensor] = iter(run(grad, *ctx.saved_tensors, *ctx.numbers, needs))
-        found = [next(gradients) if need else None for need in asked]
-        return (None, None, *found, *[None] * len(ctx.numbers))
+        asked = ctx.needs_input_grad
+        needs = [asked[place] for place in differentiable]
+        run = op.registered(ctx.plan.form, "_backward")
+        gradients: Iterator[Tensor] = iter(run(grad, *ctx.saved_tensors, *ctx.plan.numbers, needs))
+        return tuple([next(gradients) if need else None for need in asked])
 
     directions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(op.name, (torch.autograd.Function,), directions)

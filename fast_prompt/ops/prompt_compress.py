@@ -78,7 +78,7 @@ def prompt_compress(
     plan = PROMPT_COMPRESS.plan(*tensors, key_padding_mask, num_heads, dropout_p, form)
     seed = seed_tensor(seed, dropout_p, query.device)
     if plan.form == "projected":
-        return _projected(*plan.cast(*tensors), num_heads, key_padding_mask)
+        return _projected(plan.cast(*tensors), num_heads, key_padding_mask)
     if plan.form == "reference":
         options: dict[str, Any] = {"num_heads": num_heads, "key_padding_mask": key_padding_mask}
         return reference.prompt_compress(*plan.cast(*tensors), **options, dropout_p=dropout_p, seed=seed)
@@ -105,17 +105,9 @@ def flops(num_queries: int, num_tokens: int, inner_width: int, visual_width: int
     return 4 * num_queries * visual_width * (inner_width + num_heads * num_tokens)
 
 
-def _projected(
-    query: Tensor,
-    visual: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    key_bias: Tensor | None,
-    value_bias: Tensor | None,
-    num_heads: int,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def _projected(tensors: tuple[Any, ...], num_heads: int, key_padding_mask: Tensor | None) -> Tensor:
     """Torch's own matrix products and attention; without dropout, whose mask torch's attention would draw itself."""
+    query, visual, key_weight, value_weight, key_bias, value_bias = tensors
     mask = None
     # b_k changes nothing: times 0 it does not round the keys away either, and its gradient is 0.
     no_bias = None if key_bias is None else 0 * key_bias
