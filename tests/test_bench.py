@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fast_prompt import bench, parity, reference
-from fast_prompt.backends import PromptDiffusionCall
 from fast_prompt.bench import probes as bench_probes
 from fast_prompt.bench import prompt_diffusion, runner
 from fast_prompt.bench.contender import backends_for
@@ -40,8 +39,9 @@ def test_median_and_spread():
 
 def test_the_interpreter_is_not_timed():
     """TRITON_INTERPRET is set for these tests, so Triton can take the call."""
-    call = PromptDiffusionCall(CPU, torch.float32, torch.float32, 32, 8)
-    assert not {"triton", "reference"} & set(backends_for("prompt_diffusion", call))
+    assert not {"triton", "reference"} & set(
+        backends_for("prompt_diffusion", CPU, torch.float32, width=32, num_prompts=8)
+    )
 
 
 def test_contenders_take_turns_in_changing_order():

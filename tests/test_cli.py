@@ -4,13 +4,12 @@ import importlib
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
+from planted_backend import plant
 
 import fast_prompt
-from fast_prompt import reference
 from fast_prompt.backends import BACKENDS
 from fast_prompt.bench import probes, prompt_diffusion
 from fast_prompt.cli import main
@@ -22,14 +21,9 @@ PARITY_KEYS = ["op", "backend", "dtype", "case", "what", "error", "tolerance", "
 BENCH_KEYS = ["op", "shape", "dtype", "pass", "contender", "kind", "ms", "spread", "speedup", "floor_ms"]
 
 
-def planted_backend(factor):
-    """A backend that multiplies the right output by ``factor``."""
-
-    def forward(hidden, source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p):
-        options = {"activation": activation, "row_weight": row_weight, "dropout_p": dropout_p, "seed": seed}
-        return factor * reference.prompt_diffusion(hidden, source, prompts, keys, log_scale, **options)
-
-    return SimpleNamespace(unavailable=lambda: None, refuses=lambda op, call: None, prompt_diffusion=forward)
+def scaled_forward(factor):
+    """For ``plant``: multiplies the right output by ``factor``."""
+    return lambda what, value, tensors: value * factor if what == "forward" else value
 
 
 @pytest.fixture
@@ -184,32 +178,27 @@ def test_parity_for_people_says_how_many_passed(capsys, quick):
 
 
 def test_parity_fails_when_a_backend_is_wrong(capsys, monkeypatch):
-    wrong = planted_backend(1.001)
-    monkeypatch.setitem(BACKENDS, "wrong", wrong)
+    plant(monkeypatch, scaled_forward(1.001), "wrong").backward = None
     code, payload, errors = run_json(capsys, "parity", "--backend", "wrong", "--dtype", "fp32")
     assert code == 1
     assert not next(row for row in payload["rows"] if row["what"] == "forward")["ok"]
     source = next(row for row in payload["rows"] if row["what"] == "source")  # it has no backward at all
     assert source["error"] is None and not source["ok"]  # JSON has no infinity
     assert "FAILED: prompt_diffusion on wrong, fp32" in errors
-    assert "RAISED: prompt_diffusion wrong fp32 plain: AttributeError" in errors
+    assert "RAISED: prompt_diffusion wrong fp32 plain: TypeError" in errors
 
 
 def test_parity_fails_when_a_named_backend_cannot_run(capsys, monkeypatch):
-    absent = planted_backend(1.0)
-    absent.unavailable = lambda: "no such chip"
-    monkeypatch.setitem(BACKENDS, "absent", absent)
+    plant(monkeypatch, name="absent").unavailable = lambda: "no such chip"
     code, payload, errors = run_json(capsys, "parity", "--backend", "absent", "--dtype", "fp32")
     assert (code, payload) == (1, {"rows": []})
     assert "not run: prompt_diffusion on absent: no such chip" in errors
 
 
 def test_parity_lists_a_backend_that_nobody_named_and_cannot_run(capsys, monkeypatch):
-    absent = planted_backend(1.0)
-    absent.unavailable = lambda: "no such chip"
     for name in reversed(list(BACKENDS)):  # undone last first, so that they come back in their order of preference
         monkeypatch.delitem(BACKENDS, name)
-    monkeypatch.setitem(BACKENDS, "absent", absent)
+    plant(monkeypatch, name="absent").unavailable = lambda: "no such chip"
     code, _, errors = run_json(capsys, "parity", "--dtype", "fp32")
     assert code == 0
     assert "no such chip" in errors
@@ -219,7 +208,7 @@ def test_parity_lists_a_backend_that_nobody_named_and_cannot_run(capsys, monkeyp
 
 
 def test_bench_json(capsys, monkeypatch, quick):
-    monkeypatch.setitem(BACKENDS, "planted", planted_backend(1.0))
+    plant(monkeypatch)
     code, payload, _ = run_json(capsys, *BENCH, "--pass", "fwd", "--shape", SMALL, "--shape", "p=1,d=8,B=1,n=3")
     assert code == 0
     assert set(payload) == {"machine", "rows"}
@@ -245,7 +234,7 @@ def test_bench_saved_bytes(capsys, quick):
 
 
 def test_bench_gives_no_speedup_where_parity_fails(capsys, monkeypatch, quick):
-    monkeypatch.setitem(BACKENDS, "wrong", planted_backend(1.001))
+    plant(monkeypatch, scaled_forward(1.001), "wrong")
     code, payload, errors = run_json(capsys, *BENCH, "--pass", "fwd", "--shape", SMALL)
     assert code == 1
     speedups = {row["contender"]: row["speedup"] for row in payload["rows"]}
@@ -266,8 +255,7 @@ def test_bench_goes_on_without_a_contender_that_raises(capsys, monkeypatch, quic
     assert code == 0
     assert "broken" not in {row["contender"] for row in payload["rows"]}
     assert "not run: broken" in errors and "no compiler" in errors
-    monkeypatch.setitem(BACKENDS, "planted", planted_backend(1.0))
-    BACKENDS["planted"].prompt_diffusion = broken
+    plant(monkeypatch).forward = broken
     assert run_json(capsys, *argv)[0] == 1
 
 

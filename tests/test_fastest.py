@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fast_prompt import backends
-from fast_prompt.backends import PromptDiffusionCall, fastest
+from fast_prompt.backends import Call, fastest
 from fast_prompt.backends.fastest import Faster
+from fast_prompt.ops.declaration import OPS
 
-CALL = PromptDiffusionCall(torch.device("cuda"), torch.bfloat16, torch.bfloat16, 768, 64)
+CALL = Call(torch.device("cuda"), torch.bfloat16, torch.bfloat16, {"width": 768, "num_prompts": 64})
 
 
 @pytest.fixture
@@ -16,11 +17,11 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for backend in (backends.triton, backends.cuda):
         monkeypatch.setattr(backend, "unavailable", lambda: None)
-        monkeypatch.setattr(backend, "refuses", lambda op, call: None)
+        monkeypatch.setattr(backend, "refuses", lambda call: None)
 
 
-def choose(**facts):
-    return backends.choose("prompt_diffusion", CALL._replace(**facts))
+def choose(**sizes):
+    return backends.choose(OPS["prompt_diffusion"], CALL._replace(sizes=CALL.sizes | sizes), None)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -41,7 +42,7 @@ def test_a_measurement_holds_for_its_op_chip_and_size(monkeypatch):
 
 @pytest.mark.usefixtures("hopper")
 def test_the_first_choice_is_passed_over_where_it_refuses(monkeypatch):
-    monkeypatch.setattr(backends.triton, "refuses", lambda op, call: "too wide")
+    monkeypatch.setattr(backends.triton, "refuses", lambda call: "too wide")
     assert choose() == "cuda"
 
 

@@ -53,6 +53,6 @@ def _refuses_chip(device: torch.device) -> str | None:
 
 def run(name: str, kernels: Kernels, *arguments: Any) -> list[Tensor]:
     """The function of that name in the op's module of kernels."""
-    op = name.partition("::")[2].removesuffix(suffix)
+    op = name.partition("::")[2].replace(suffix, "")
     module = kernels.backward if op.endswith("_backward") else kernels.forward
     return getattr(importlib.import_module(module), op)(*arguments)

@@ -18,9 +18,13 @@ from fast_prompt.ops.declaration import OPS
 name, suffix, compiled = "simt", "_simt", True
 ELEMENTS = tuple(harness.ELEMENTS.values())
 ORDER = ("prompt_diffusion", "prompt_compress", "skip_adapter")  # bind.cpp's
-# Threads forwards, copies as late as they may come; and the reverse of both.
-FORWARD, REVERSE = {"reverse": False, "late_copies": True}, {"reverse": True, "late_copies": False}
-H100 = {"multiprocessors": 2, "shared_bytes": 227 << 10}  # but for its 132 multiprocessors
+# Threads forwards, copies as late as they may come; and the reverse of both. Of few multiprocessors each has several
+# row tiles, for many the tiles are short.
+ORDERS = {
+    "forward": {"reverse": False, "late_copies": True, "multiprocessors": 2},
+    "reverse": {"reverse": True, "late_copies": False, "multiprocessors": 16},
+}
+H100, SMALL = {"shared_bytes": 227 << 10}, {"shared_bytes": 99 << 10}  # SMALL: sm_86 and sm_89
 
 _in_use = {}  # by op, the library whose kernels run
 _settings = {}

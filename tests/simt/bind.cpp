@@ -16,7 +16,7 @@ const void* kernels[OPS][3];  // by the activations' type, a Dtype
 
 struct Simt {
   class Call {
-    static constexpr int64_t MARGIN = 64;  // elements; a multiple of 16 bytes, as torch's own memory begins at
+    static constexpr int64_t MARGIN = 512;  // elements: more than a row, and a multiple of the 64 bytes torch begins at
 
     std::vector<std::unique_ptr<unsigned char[]>> scratch;
     std::vector<Tensor> guarded;  // whole, with a margin before and after the result

@@ -8,14 +8,14 @@ import build_cache
 import pytest
 import torch
 
-from fast_prompt.backends import BACKENDS, PromptDiffusionCall, cpu, cuda, native
-from fast_prompt.backends.call import CALLS
+from fast_prompt.backends import BACKENDS, Call, cpu, cuda, native
+from fast_prompt.ops.declaration import OPS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import build_native  # noqa: E402 (lives beside setup.py, outside the package)
 
-CALL = PromptDiffusionCall(torch.device("cuda"), torch.bfloat16, torch.bfloat16, 768, 200)
+CALL = Call(torch.device("cuda"), torch.bfloat16, torch.bfloat16, {"width": 768, "num_prompts": 200})
 
 
 @pytest.fixture
@@ -23,8 +23,9 @@ def ampere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
 
 
-def refusal(**facts):
-    return cuda.refuses("prompt_diffusion", CALL._replace(**facts))
+def refusal(num_prompts=200, **facts):
+    call = CALL._replace(sizes=CALL.sizes | {"num_prompts": num_prompts}, **facts)
+    return cuda.refuses(call) or OPS["prompt_diffusion"].kernels["cuda"].refuses(call)
 
 
 @pytest.mark.usefixtures("ampere")
@@ -80,7 +81,7 @@ def test_missing_nvcc_is_a_reason_and_leaves_cuda_out(monkeypatch):
     assert build_native.find_cuda() == "no nvcc: looked for /nonexistent/nvcc"
     tools = build_native.Toolchain("c++", "ninja", Path("torch"), "2.13", build_native.find_cuda())
     text = build_native.ninja_file(tools)
-    assert not any(word in text for word in ("bind_cuda", "compile_cuda", "cudart"))
+    assert not any(word in text for word in ("bind/cuda", "compile_cuda", "cudart"))
 
 
 def fake_nvcc(tmp_path, chips, compiles):
@@ -117,11 +118,11 @@ def test_nvcc_too_old_for_any_chip_is_a_reason(monkeypatch, tmp_path):
 @pytest.mark.gate
 def test_the_bindings_compile_and_ask_for_every_kernel():
     """Where torch has no CUDA, no build compiles them; the kernels themselves are compiled by other gates."""
-    tools, source = build_native.find_toolchain("not needed"), build_native.ROOT / "csrc" / "bind_cuda.cpp"
+    tools, source = build_native.find_toolchain("not needed"), build_native.ROOT / "csrc" / "bind" / "cuda.cpp"
     includes = [tools.torch_dir / "include", tools.torch_dir / "include" / "torch" / "csrc" / "api" / "include"]
     flags = [*build_native.COMMON_FLAGS.split(), build_native.BINDING_FLAGS, *(f"-isystem{path}" for path in includes)]
-    command = [tools.compiler, *flags, "-c", str(source), "-o", "bind_cuda.o"]
-    compiled = build_cache.cached(command, [source], [source.parent, *includes]) / "bind_cuda.o"
+    command = [tools.compiler, *flags, "-c", str(source), "-o", "cuda.o"]
+    compiled = build_cache.cached(command, [source], [source.parent, *includes]) / "cuda.o"
     listing = subprocess.run(["nm", "-C", "-u", compiled], text=True, capture_output=True, check=True).stdout
     wanted = {line.split()[-1] for line in listing.splitlines() if "fast_prompt::cuda::" in line}
-    assert wanted == {f"fast_prompt::cuda::{element}::{op}" for element in build_native.CUDA_ELEMENTS for op in CALLS}
+    assert wanted == {f"fast_prompt::cuda::{element}::{op}" for element in build_native.CUDA_ELEMENTS for op in OPS}
