@@ -73,7 +73,9 @@ def test_every_op_has_its_files():
         ):
             assert (ROOT / file).exists(), f"{op} has no {file}"
         definition, api = getattr(fast_prompt.reference, op), getattr(fast_prompt.ops, op)
-        assert inspect.signature(definition) == inspect.signature(api)
+        places = {"inplace"}  # where a result goes is no part of what it is
+        named = [each for each in inspect.signature(api).parameters.values() if each.name not in places]
+        assert named == list(inspect.signature(definition).parameters.values())
 
 
 def test_import_is_cheap():

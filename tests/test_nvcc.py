@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels for chips that need not be here: no spills, within budget, on tensor cores.
 
 The budgets are in tests/kernel_budgets.json, under each op's ``cuda``; those of shared memory are checked by
-tests/test_simt.py, since only a launch tells it. A unit that has not changed since it was recorded
+tests/backends/test_simt.py, since only a launch tells it. A unit that has not changed since it was recorded
 (tests/nvcc_compile.py) is not compiled again, but for a sample. A new op gets a section of budgets, and a line in
 ``HELPERS``.
 """

@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast_prompt
 from fast_prompt import backends, ops, reference
-from fast_prompt.parity import evaluate
-from fast_prompt.parity.skip_adapter import CASES, KINK_MARGINS, build, draw
+from fast_prompt.parity.skip_adapter import CASES, KINK_MARGINS, draw
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 CPU = torch.device("cpu")
@@ -293,37 +292,6 @@ def test_compiles_to_one_graph(make, options, compiler):
 
 
 @needs_cpu_backend
-@pytest.mark.parametrize(
-    "name, dtype",
-    [
-        ("plain", torch.float32),
-        ("plain", torch.float16),
-        ("run of three, dropout", torch.float32),
-        ("mixture, grouped", torch.float32),
-        ("route", torch.float32),
-        ("no bias", torch.float32),
-    ],
-)
-def test_opcheck(name, dtype):
-    problem = build(next(case for case in CASES if case.name == name), dtype, CPU)
-    seen = []
-    forward = torch.ops.fast_prompt.skip_adapter.default
-    backward = torch.ops.fast_prompt.skip_adapter_backward.default
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in (forward, backward):
-                seen.append((function, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
-            return function(*args, **(kwargs or {}))
-
-    with Record():
-        evaluate(ops.skip_adapter, problem)
-    assert [function for function, _ in seen] == [forward, backward]
-    for function, call in seen:
-        torch.library.opcheck(function, call)
-
-
-@needs_cpu_backend
 def test_flops_are_counted():
     importlib.import_module("fast_prompt.ops.flops")
     product = 2 * B * N * D * W
@@ -342,13 +310,9 @@ def test_flops_are_counted():
 
 
 @needs_cpu_backend
-def test_routing_the_compiled_library_runs_on_the_cpu(monkeypatch):
-    calls = []
-    real = backends.BACKENDS["cpu"].skip_adapter
-    monkeypatch.setattr(backends.BACKENDS["cpu"], "skip_adapter", lambda *a: calls.append(1) or real(*a))
+def test_the_compiled_library_runs_on_the_cpu():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        ops.skip_adapter(**arguments(dtype=dtype), norm="layer")
-    assert len(calls) == 3
+        assert ops.explain("skip_adapter", **arguments(dtype=dtype), norm="layer").chosen == "cpu"
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

@@ -159,8 +159,8 @@ def coefficients_kernel(
     prompt_coefficients, key_coefficients, grad_hidden, scale_partials,
     grad, output, source, prompts, keys, keys_low, log_scale, seed, threshold: tl.uint32, keep_scale: tl.float32,
     rows, rows_per_batch, d, p, pitch,
-    grad_stride_batch, grad_stride_row, output_stride_batch, output_stride_row, source_stride_batch, source_stride_row,
-    GRAD_FLAT: tl.constexpr, OUTPUT_FLAT: tl.constexpr, SOURCE_FLAT: tl.constexpr,
+    grad_stride_batch, grad_stride_row, source_stride_batch, source_stride_row,
+    GRAD_FLAT: tl.constexpr, SOURCE_FLAT: tl.constexpr,
     NEED_PROMPTS: tl.constexpr, NEED_SCORES: tl.constexpr, NEED_HIDDEN: tl.constexpr, NEED_SCALE: tl.constexpr,
     SOFTMAX: tl.constexpr, MAX_WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, SPLIT_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -191,7 +191,6 @@ def coefficients_kernel(
     overlap = tl.zeros([BLOCK_M], tl.float32)  # rows' sums of G Y
     if NEED_SCORES or NEED_HIDDEN or NEED_SCALE:
         grad_offsets = row_offsets(row, rows_per_batch, grad_stride_batch, grad_stride_row, GRAD_FLAT)
-        output_offsets = row_offsets(row, rows_per_batch, output_stride_batch, output_stride_row, OUTPUT_FLAT)
         for start in tl.range(0, d, BLOCK_D):
             lane = start + tl.arange(0, BLOCK_D)
             g = load_tile(grad, grad_offsets, lane, valid, lane < d)
@@ -201,7 +200,7 @@ def coefficients_kernel(
             if NEED_HIDDEN:
                 store_tile(grad_hidden + first_row * d, local_row * d, lane, valid, lane < d, scale * g)
             if NEED_SCALE:
-                y = load_tile(output, output_offsets, lane, valid, lane < d).to(tl.float32)
+                y = load_tile(output + first_row * d, local_row * d, lane, valid, lane < d).to(tl.float32)
                 overlap += tl.sum(g * y, axis=1)
 
     if NEED_SCALE:
@@ -441,7 +440,7 @@ def prompt_diffusion_backward(
     need_hidden, need_source, need_prompts, need_keys, need_scale = needs
     with device_guard(source.device):
         plan = _Plan.of(source, prompts, keys, log_scale, seed, activation, row_weight, dropout_p)
-        rows_of_grad, rows_of_output = Rows.of(grad), Rows.of(output if need_scale else None)
+        rows_of_grad = Rows.of(grad)
         pitch = 16 * triton.cdiv(plan.num_prompts, 16)  # keeps rows of the coefficients aligned for wide loads
 
         def empty(needed: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
@@ -456,7 +455,7 @@ def prompt_diffusion_backward(
             prompt_coefficients=prompt_coefficients, key_coefficients=key_coefficients,
             grad_hidden=grad_hidden, scale_partials=scale_partials,
             grad=rows_of_grad.tensor, **rows_of_grad.strides("grad"),
-            output=rows_of_output.tensor, **rows_of_output.strides("output"), pitch=pitch,
+            output=output.contiguous() if need_scale else None, pitch=pitch,
             NEED_PROMPTS=need_prompts, NEED_SCORES=need_source or need_keys, NEED_HIDDEN=need_hidden,
             NEED_SCALE=need_scale, **plan.arguments,
         )  # fmt: skip

@@ -304,7 +304,8 @@ def test_a_result_written_over_its_input_has_the_same_bits(backend, case, dtype)
 
 @pytest.mark.parametrize("backend", proof.ways("cpu"), indirect=True)
 @each_call
-def test_opcheck(backend, op, case):
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
+def test_opcheck(backend, op, case, dtype):
     """Schemas, fake tensors and autograd of the registered ops, on the very calls that the API makes of them."""
     seen = []
 
@@ -314,7 +315,7 @@ def test_opcheck(backend, op, case):
                 seen.append((function, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
             return function(*args, **(kwargs or {}))
 
-    problem = build(op, case)
+    problem = build(op, case, dtype)
     with Record(), proof.on(backend):
         evaluate(getattr(ops, op), problem)
     assert [function.name() for function, _ in seen] == [f"fast_prompt::{op}", f"fast_prompt::{op}_backward"]

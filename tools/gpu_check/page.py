@@ -81,7 +81,7 @@ def _tiers(op: str, backend: str, budgets: Entry) -> list[tuple[str, str]]:
         return found + [("4, compiled ahead of time", gated)] * bool(chips)
     emulated = "shared_memory" in budgets
     found = [("5, compiled by nvcc", gated)] * bool(chips)
-    return found + [("5, run by the emulator", "any CPU: `tests/test_simt*.py`")] * emulated
+    return found + [("5, run by the emulator", "any CPU: `tests/backends/test_simt.py`")] * emulated
 
 
 def _on_gpus(op: str, backend: str, measured: list[Entry]) -> list[tuple[str, str]]:
