@@ -46,7 +46,7 @@ class Copies(TorchDispatchMode):
 def fake_gpu(monkeypatch):
     """Tensors may be on a GPU, of which Triton takes every call; routes are remembered though they have no numbers."""
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    monkeypatch.setattr(triton, "refuses", lambda op, call: None)
+    monkeypatch.setattr(triton, "refuses", lambda call: None)
     monkeypatch.setattr(routes, "_is_capturing", lambda device: False)
     monkeypatch.setattr(routes, "_is_real", lambda tensor: True)
     monkeypatch.setattr(routes, "_recent", {})

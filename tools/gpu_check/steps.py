@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from fast_prompt import bench, parity
-from fast_prompt.backends import BACKENDS
+from fast_prompt.ops.declaration import OPS
 from gpu_check import machine, proof, speed, stress
 from gpu_check.outcome import Figures
 from gpu_check.place import Place
@@ -46,7 +46,7 @@ def steps(place: Place, ops: Sequence[str] | None = None) -> list[Step]:
         (op, backend)
         for op in parity.OPS
         for backend in place.backends
-        if hasattr(BACKENDS[backend], op) and op in (ops or parity.OPS)
+        if backend in OPS[op].kernels and op in (ops or parity.OPS)
     ]
     shaped = [(op, backend) for op, backend in kernels if op in bench.OPS]
     in_cpp = [(op, backend) for op, backend in shaped if backend != "triton"]
