@@ -295,14 +295,24 @@ def compare(call, actual, most_samples=MOST_SAMPLES):
     samples = [call.definition(seed) for seed in range(SAMPLES)]
     shapes = {name: tensor.shape for name, tensor in actual.items()}
     assert shapes == {name: tensor.shape for name, tensor in rights.items()}
+    rounded = output_rounding(call, rights["forward"])
     return [
-        compare_result(call, name, actual[name], right, singles[name], samples, most_samples)
+        compare_result(
+            call, name, actual[name], right, singles[name], samples, most_samples, rounded if name == "log_scale" else 0
+        )
         for name, right in rights.items()
-        if right.numel()
+        if right.numel() and not (name == "log_scale" and rounded == torch.inf)
     ]
 
 
-def compare_result(call, name, actual, right, single, samples, most_samples):
+def output_rounding(call, output):
+    """What the gradient of prompt_diffusion's log_scale, a sum over the output as it is stored, may be off by that."""
+    if output.numel() == 0 or output.abs().max() > torch.finfo(call.dtype).max:
+        return torch.inf
+    return float(UNITS[call.dtype] * (call.problem.grad.double() * output).abs().sum())
+
+
+def compare_result(call, name, actual, right, single, samples, most_samples, rounded=0):
     # A float64 scale of float32 rows is used, and has its gradient, in float32.
     stored = F32 if actual.dtype == F64 != call.dtype else actual.dtype
     tolerance = TOLERANCES[call.dtype if call.projected else stored]
@@ -318,7 +328,7 @@ def compare_result(call, name, actual, right, single, samples, most_samples):
         return row_maxima(in_format(values) - right)
 
     floor = tolerance if call.projected else FLOORS[stored]
-    allowed = tolerance * row_maxima(right) + floor
+    allowed = tolerance * row_maxima(right) + floor + rounded
     noise = torch.stack([off(single), *(off(sample[name]) for sample in samples)]).amax(0)
     difference = torch.where(actual.isnan() & known, torch.inf, (in_format(actual) - right).abs())
     # Whether rounding decides the sign at ReLU's edge may take more than a few looks to see.
