@@ -13,6 +13,7 @@ import fast_prompt
 from fast_prompt.backends import BACKENDS
 from fast_prompt.bench import probes, prompt_diffusion
 from fast_prompt.cli import main
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.reference.skip_adapter import Adapter
 
 BENCH = ("bench", "--op", "prompt_diffusion", "--rounds", "2")
@@ -257,6 +258,35 @@ def test_bench_goes_on_without_a_contender_that_raises(capsys, monkeypatch, quic
     assert "not run: broken" in errors and "no compiler" in errors
     plant(monkeypatch).forward = broken
     assert run_json(capsys, *argv)[0] == 1
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.skipif(BACKENDS["cpu"].unavailable() is not None, reason="there is no compiled library to call")
+def test_bench_overhead(capsys, op):
+    code, payload, _ = run_json(capsys, "bench", "--op", op, "--overhead", "--rounds", "1", "--device", "cpu")
+    assert code == 0 and set(payload) == {"machine", "overhead"}
+    assert [entry["call"] for entry in payload["overhead"]] == ["no gradient", "gradient recorded"]
+    for entry in payload["overhead"]:
+        assert entry["op"] == op and entry["registered_us"] > 0
+        assert entry["python_us"] == pytest.approx(entry["call_us"] - entry["registered_us"])
+    assert main(["bench", "--op", op, "--overhead", "--rounds", "1", "--device", "cpu"]) == 0
+    assert f"{op}, one row, microseconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--op", "route_block"), "argument --op: op: expected one of "),
+        (("--op", "prompt_diffusion", "--shape", SMALL), "argument --shape: expected none with --overhead"),
+        (("--op", "prompt_diffusion", "--dtype", "bf16"), "argument --dtype: expected none with --overhead"),
+        (("--op", "prompt_diffusion", "--pass", "fwd"), "argument --pass: expected none with --overhead"),
+        (("--op", "prompt_diffusion", "--saved-bytes"), "argument --saved-bytes: expected none with --overhead"),
+    ],
+)
+def test_bench_overhead_refuses_what_it_would_ignore(capsys, argv, expected):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--overhead", *argv])
+    assert ended.value.code == 2 and expected in capsys.readouterr().err
 
 
 def test_bench_for_people(capsys, quick):

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast_prompt
 from fast_prompt import backends, ops, reference
-from fast_prompt.ops import checks
 from fast_prompt.ops.declaration import OPS
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
@@ -54,23 +53,115 @@ def compare_with_reference(inputs, **options):
         assert relative_error(actual, wanted) < tolerance
 
 
-def test_a_check_is_made_once_for_calls_alike_and_again_for_any_other():
-    made = []
-    check = checks.once_a_kind(lambda *arguments: made.append(arguments))
-    x = torch.zeros(2, 3)
-    for again in (x, torch.ones(2, 3), x.clone()):
-        check(again, "relu", 1)
+def test_a_plan_is_made_once_for_calls_alike_and_again_for_any_other(monkeypatch):
+    made, op = [], OPS["prompt_diffusion"]
+    monkeypatch.setattr(op, "_plans", {})
+    monkeypatch.setattr(op, "_new_plan", made.append)
+    tensors = [tensor.detach() for tensor in arguments()]
+    for again in (tensors, [tensor.clone() for tensor in tensors], [tensor + 1 for tensor in tensors]):
+        op.plan(*again, "relu", "max", 0.0)
+        op._plans = dict.fromkeys(op._plans, "known")
     assert len(made) == 1
-    different = [x.double(), x.T, x[:1], x.to("meta"), x.to_sparse(), None, "x"]
-    for value in different:
-        check(value, "relu", 1)
-    check(x, "silu", 1)
-    check(x, "relu", 1.0)
-    check(x, "relu", True)
-    assert len(made) == 1 + len(different) + 3
-    check(x, ["no", "hash"], 1)
-    check(x, ["no", "hash"], 1)
-    assert len(made) == 1 + len(different) + 3 + 2
+    others = [tensors[0].double(), tensors[0][:1], tensors[0].to("meta"), tensors[0].to_sparse(), None, "x"]
+    for other in others:
+        op.plan(other, *tensors[1:], "relu", "max", 0.0)
+    op.plan(*tensors, "softmax", "max", 0.0)
+    op.plan(*tensors, "relu", "max", 0)
+    op.plan(*tensors, "relu", ["no", "hash"], 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        op.plan(*tensors, "relu", "max", 0.0)
+    with fast_prompt.use_backend("reference"):
+        op.plan(*tensors, "relu", "max", 0.0)
+    assert len(made) == 1 + len(others) + 5
+
+
+def test_what_autocast_allows_is_refused_without_it():
+    """The same tensors: dtypes that autocast would make one."""
+    hidden, source, *others = (tensor.detach() for tensor in arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.prompt_diffusion(hidden.bfloat16(), source, *others)
+    with pytest.raises(TypeError, match="source: expected dtype torch.bfloat16"):
+        ops.prompt_diffusion(hidden.bfloat16(), source, *others)
+
+
+# ---- Written over ----
+
+
+@needs_cpu_backend
+def test_a_leaf_that_trains_is_not_written_over():
+    hidden, *others = arguments()
+    for leaf, given in ((hidden, hidden), (hidden, hidden[:])):
+        before = leaf.detach().clone()
+        with pytest.raises(ValueError, match="hidden: expected a tensor to write over, got a leaf"):
+            ops.prompt_diffusion(given, *others, inplace=True)
+        assert torch.equal(leaf.detach(), before)
+
+
+@needs_cpu_backend
+def test_memory_of_another_argument_is_not_written_over():
+    _, source, *others = (tensor.detach() for tensor in arguments())
+    before = source.clone()
+    for hidden in (source, source.view(2, 5, 16), source.flatten().view(2, 5, 16)):
+        with pytest.raises(ValueError, match="hidden: expected memory to write over, got that of source"):
+            ops.prompt_diffusion(hidden, source, *others, inplace=True)
+    assert torch.equal(source, before)
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_backward_pass_that_needs_what_was_written_over_is_an_error(grad):
+    _, source, *others = (tensor.detach() for tensor in arguments())
+    saved = torch.randn(2, 5, 16, requires_grad=True).exp()  # whose backward needs its result
+    others[0].requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        ops.prompt_diffusion(saved, source, *others, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+@needs_cpu_backend
+def test_four_dimensions_written_over():
+    inputs = arguments((2, 3, 5, 16))
+    hidden = inputs[0] * 1
+    with fast_prompt.use_backend("cpu"):
+        output = ops.prompt_diffusion(hidden, *inputs[1:], inplace=True)
+        right = ops.prompt_diffusion(*inputs)
+    assert output.data_ptr() == hidden.data_ptr() and torch.equal(output, right)
+    found, expected = (torch.autograd.grad(each.square().sum(), inputs) for each in (output, right))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_cpu_backend
+def test_written_over_in_inference_mode():
+    inputs = arguments()
+    right = ops.prompt_diffusion(*inputs).detach()
+    with torch.inference_mode():
+        hidden = inputs[0] * 1
+        assert torch.equal(ops.prompt_diffusion(hidden, *inputs[1:], inplace=True), right)
+
+
+@needs_cpu_backend
+@pytest.mark.gate
+@pytest.mark.parametrize("grad", [False, True])
+def test_written_over_compiles_to_one_graph(grad):
+    inputs = arguments()
+
+    def site(x, *others):
+        return ops.prompt_diffusion(x * 1, *others, inplace=True).square()
+
+    compiled = torch.compile(site, fullgraph=True, backend="aot_eager")
+    with fast_prompt.use_backend("cpu"), torch.set_grad_enabled(grad):
+        found, right = compiled(*inputs), site(*inputs)
+    torch.testing.assert_close(found, right)
+    if grad:
+        gradients = (torch.autograd.grad(each.sum(), inputs) for each in (found, right))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_inplace_is_true_or_false():
+    with pytest.raises(TypeError, match="inplace: expected True or False, got str"):
+        ops.prompt_diffusion(*arguments(), inplace="no")
 
 
 def test_a_check_that_fails_fails_every_time():

@@ -135,9 +135,9 @@ struct Cpu {
     }
   };
 
-  static const auto& prompt_diffusion(const Tensor&) { return cpu::level().prompt_diffusion; }
-  static const auto& prompt_compress(const Tensor&) { return cpu::level().prompt_compress; }
-  static const auto& skip_adapter(const Tensor&) { return cpu::level().skip_adapter; }
+  static const auto& prompt_diffusion(const Tensor&) { return cpu::level().kernels.prompt_diffusion; }
+  static const auto& prompt_compress(const Tensor&) { return cpu::level().kernels.prompt_compress; }
+  static const auto& skip_adapter(const Tensor&) { return cpu::level().kernels.skip_adapter; }
 
   // float16 is multiplied as float32, and what is kept need not end where float16 does.
   static ScalarType hidden_type(ScalarType x) { return x == ScalarType::Half ? ScalarType::Float : x; }

@@ -20,12 +20,11 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 
 const Level LEVELS[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", has_avx512_bf16, avx512_bf16::prompt_diffusion, avx512_bf16::prompt_compress,
-     avx512_bf16::skip_adapter},
-    {"avx512", has_avx512, avx512::prompt_diffusion, avx512::prompt_compress, avx512::skip_adapter},
-    {"avx2", has_avx2, avx2::prompt_diffusion, avx2::prompt_compress, avx2::skip_adapter},
+    {"avx512_bf16", has_avx512_bf16, FAST_PROMPT_ALL_KERNELS_OF(avx512_bf16)},
+    {"avx512", has_avx512, FAST_PROMPT_ALL_KERNELS_OF(avx512)},
+    {"avx2", has_avx2, FAST_PROMPT_ALL_KERNELS_OF(avx2)},
 #endif
-    {"portable", [] { return true; }, portable::prompt_diffusion, portable::prompt_compress, portable::skip_adapter},
+    {"portable", [] { return true; }, FAST_PROMPT_ALL_KERNELS_OF(portable)},
 };
 
 const Level* find(std::string_view name) {

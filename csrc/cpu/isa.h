@@ -6,40 +6,20 @@
 #include <string>
 #include <string_view>
 
-#include "../prompt_compress.h"
-#include "../prompt_diffusion.h"
-#include "../skip_adapter.h"
+#include "../kernels.h"
 #include "runtime.h"
 
 namespace fast_prompt::cpu {
 
-namespace portable {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
-namespace avx2 {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
-namespace avx512 {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
-namespace avx512_bf16 {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
+FAST_PROMPT_KERNELS_IN(portable)
+FAST_PROMPT_KERNELS_IN(avx2)
+FAST_PROMPT_KERNELS_IN(avx512)
+FAST_PROMPT_KERNELS_IN(avx512_bf16)
 
 struct Level {
   std::string_view name;
   bool (*supported)();
-  const PromptDiffusionKernels<Runtime>& prompt_diffusion;
-  const PromptCompressKernels<Runtime>& prompt_compress;
-  const SkipAdapterKernels<Runtime>& skip_adapter;
+  AllKernels<Runtime> kernels;
 };
 
 // The level in use: the best there is, unless the environment variable FAST_PROMPT_CPU_ISA or select() names one.

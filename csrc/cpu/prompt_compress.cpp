@@ -1,4 +1,4 @@
-// prompt_compress on the CPU, forward and backward: see prompt_compress.h for what it computes.
+// prompt_compress on the CPU, forward and backward: see ../prompt_compress.h for what it computes.
 //
 // With a row for each sample, head and query, and X the sample's tokens, both passes are a few products a row, all of
 // whose operands are used where they lie (row_products.h):

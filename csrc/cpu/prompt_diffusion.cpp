@@ -1,4 +1,4 @@
-// prompt_diffusion on the CPU, forward and backward: see prompt_diffusion.h for what it computes.
+// prompt_diffusion on the CPU, forward and backward: see ../prompt_diffusion.h for what it computes.
 //
 // Rows are cut into one run per thread, runs into tiles. A tile is carried through every step while its rows are
 // in cache, so X, H and G are read once and Y, dX and dH written once, whatever p is; nothing of size [rows, p] is

@@ -1,4 +1,4 @@
-// skip_adapter on the CPU, forward and backward: see skip_adapter.h for what it computes.
+// skip_adapter on the CPU, forward and backward: see ../skip_adapter.h for what it computes.
 //
 // Rows are cut into one part per thread, parts into tiles. A tile is carried through every step, and in a run through
 // every adapter, while its rows are in cache: x is read once and y written once. Forward, for each adapter: z as words;

@@ -1,29 +1,14 @@
-// The launchers of every op, one instance per type of the activations: the same source, compiled anew. This header needs
-// no CUDA.
+// The launchers of every op, one instance per type of the activations. This header needs no CUDA.
 
 #pragma once
 
-#include "../prompt_compress.h"
-#include "../prompt_diffusion.h"
-#include "../skip_adapter.h"
+#include "../kernels.h"
 #include "runtime.h"
 
 namespace fast_prompt::cuda {
 
-namespace float32 {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
-namespace bfloat16 {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
-namespace float16 {
-extern const PromptDiffusionKernels<Runtime> prompt_diffusion;
-extern const PromptCompressKernels<Runtime> prompt_compress;
-extern const SkipAdapterKernels<Runtime> skip_adapter;
-}
+FAST_PROMPT_KERNELS_IN(float32)
+FAST_PROMPT_KERNELS_IN(bfloat16)
+FAST_PROMPT_KERNELS_IN(float16)
 
 }  // namespace fast_prompt::cuda

@@ -1,4 +1,4 @@
-// prompt_compress on CUDA GPUs, sm_80 and up: see prompt_compress.h for what it computes. Not yet run on a GPU.
+// prompt_compress on CUDA GPUs, sm_80 and up: see ../prompt_compress.h for what it computes. Not yet run on a GPU.
 //
 // In a sample every head of every query is a row: u = W_k^T q / sqrt(d_h) has scores u X^T with the tokens X, and takes
 // their weighted sum y = w X, whose o = W_v y + b_v sum(w) is the result. No token is projected.

@@ -1,9 +1,9 @@
-// prompt_diffusion on CUDA GPUs, sm_80 and up: see prompt_diffusion.h for what it computes. Not yet run on a GPU.
+// prompt_diffusion on CUDA GPUs, sm_80 and up: see ../prompt_diffusion.h for what it computes. Not yet run on a GPU.
 //
 // What it costs, for M rows (bf16; e.g. M = 64 * 577, d = 768, on an H100 with 3.0 TB/s and 600 TFLOP/s by mma.sync):
 //   forward   bytes 2 M d 3 (read X and H, write Y) = 170 MB, 57 us; operations 4 M p d = 1.8, 7.3, 23 GFLOP for
 //             p = 16, 64, 200, which is 3, 12, 38 us. So memory is the floor, and arithmetic has to hide behind it.
-//   backward  bytes 2 M d (X, G in, dX, dH out, H in for ds; X and G again for dP, dK) = 7 M d 2 = 397 MB, 132 us, and
+//   backward  bytes 2 M d (X, G in, dX, dH out, Y in for ds; X and G again for dP, dK) = 7 M d 2 = 397 MB, 132 us, and
 //             8 M p for the coefficients below; operations 10 M p d = 4.5, 18, 57 GFLOP, 8, 30, 95 us.
 //
 // Forward, one kernel. A block of threads takes tiles of 16 to 128 rows, one after another. First S = X K^T: chunks of
@@ -19,7 +19,7 @@
 // shift moves from block to block, as in flash attention.
 //
 // Backward, three kernels. Row tiles: S again, D = G P^T in registers beside it, then dS, and dX = dS K as above; dH
-// and sum(G * H) from the chunks of G as they pass. Then dP = (e^s w R)^T G and dK = dS^T X, sums over all rows, by
+// and ds = sum(G * Y) from the chunks of G as they pass. Then dP = (e^s w R)^T G and dK = dS^T X, sums over all rows, by
 // [prompts, chunk] tiles and splits of the rows; and the splits are added up in order, so that the same call on the
 // same card gives the same bits. The row tiles hand the coefficients e^s w R and dS on in scratch memory, [M, p] each:
 // to compute them again for every chunk of d would cost d / 64 times the arithmetic, to keep all of dP and dK on chip
@@ -28,7 +28,7 @@
 // float32 multiplies as three TF32 products (tile.cuh), not by FFMA: the error is that of float32, the rate about
 // twice FFMA's, and the code the same as for the half types. float32 weights beside half activations are rounded to the
 // activations' type first; the backward takes what rounding left of them as a second part of every chunk of K and P,
-// since the sign of S decides where ReLU has a gradient, and the sum that is ds may cancel.
+// since the sign of S decides where ReLU has a gradient.
 //
 // Compiled once per type of the activations, FAST_PROMPT_ELEMENT: float32, bfloat16 or float16.
 

@@ -1,4 +1,4 @@
-// skip_adapter on CUDA GPUs, sm_80 and up: see skip_adapter.h for what it computes. Not yet run on a GPU.
+// skip_adapter on CUDA GPUs, sm_80 and up: see ../skip_adapter.h for what it computes. Not yet run on a GPU.
 //
 // What it costs, for M rows (bf16; e.g. M = 64 * 577, d = 768, w = 96, on an H100 with 3.0 TB/s and 600 TFLOP/s by
 // mma.sync):

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from fast_prompt import ops
 from fast_prompt.backends import BACKENDS
 from fast_prompt.bench.runner import OPS as BENCHES
 from fast_prompt.bench.timing import interleave, stopwatch_for
-from fast_prompt.ops.declaration import OPS, Argument
+from fast_prompt.ops.declaration import OPS
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def measure(
     plan = op.plan(*named.values())
     if plan.form == "reference" or plan.form not in BACKENDS:
         raise ValueError(f"op: expected one that has a kernel on {device.type}, got {name!r}")
-    function, registered = getattr(ops, name), op.registered(plan.form, "")
+    function, registered = op.api, op.registered(plan.form, "")
     inputs = plan.cast(*(named.get(argument.name) for argument in op.tensors))
 
     def alone(keep: bool) -> Callable[[], Any]:
@@ -68,8 +67,7 @@ def measure(
             leaves[key].requires_grad_()
         return lambda: function(**leaves, **problem.options)
 
-    weights = tuple(each.name for each in op.tensors if isinstance(each, Argument) and each.role == "weight")
-    trained = tuple(key for key in weights if key in problem.tensors)
+    trained = tuple(each.name for each in op.tensors if each.role == "weight" and each.name in problem.tensors)
     calls = {
         ("no gradient", "call"): call(()),
         ("no gradient", "registered"): alone(False),

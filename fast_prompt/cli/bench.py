@@ -80,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_overhead(args: argparse.Namespace) -> int:
     """Prints what Python costs an op's calls."""
+    for flag, given in {"--shape": args.shape, "--dtype": args.dtype, "--pass": args.passes}.items():
+        if given:
+            args.fail(f"argument {flag}: expected none with --overhead, which times one row in fp32")
+    if args.saved_bytes:
+        args.fail("argument --saved-bytes: expected none with --overhead")
     try:
         found = bench.measure(args.op, args.device, args.rounds, _progress("overhead"))
     except ValueError as error:

@@ -1,47 +1,11 @@
 """Checks that all ops share: each error names the argument, what came and what was expected."""
 
-import functools
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_KINDS = 4096
-
-
-def _kind(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout
-    return type(value), value
-
-
-def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
-    """Makes a check once for all calls alike: on few rows it takes longer than the op.
-
-    The check may read no more of a tensor than its shape, dtype, device and layout. Tensors come as arguments of their
-    own, not in sequences.
-    """
-    passed: set[object] = set()
-
-    @functools.wraps(check)
-    def checked(*arguments: Any) -> None:
-        if torch.compiler.is_compiling():
-            return check(*arguments)
-        try:
-            kind = tuple([_kind(value) for value in arguments])
-            known = kind in passed
-        except (TypeError, RuntimeError):  # what cannot be hashed (a list, a symbolic size); a nested tensor's shape
-            return check(*arguments)
-        if not known:
-            check(*arguments)
-            if len(passed) == MOST_KINDS:
-                passed.clear()
-            passed.add(kind)
-        return None
-
-    return checked
 
 
 def check_dense(name: str, value: object) -> None:
@@ -97,6 +61,12 @@ def check_mask(name: str, value: object) -> None:
     assert isinstance(value, Tensor)
     if value.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor, True where a token is padding, got {value.dtype}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def check_count(name: str, value: object) -> None:

@@ -1,7 +1,4 @@
-"""An op is declared once; its registered forms, fake tensors, autograd and the choice of a backend come from that.
-
-``docs/adding-an-op.md`` goes through a declaration step by step.
-"""
+"""An op is declared once; its registered forms, fake tensors, autograd and the choice of a backend come from that."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from fast_prompt.backends import BACKENDS, Call, Kernels, choose, forced
 from fast_prompt.ops import checks
-from fast_prompt.ops.autocast import activation_dtype
+from fast_prompt.ops.autocast import activation_dtype, autocast_dtype
 from fast_prompt.ops.transforms import is_transformed, refuse_derivatives_of_backward
 
 MOST_PLANS = 4096  # that are remembered, of an op
@@ -145,9 +142,14 @@ class Plan:
         Args:
             tensors: in the declaration's order.
             overwrite: whether the result may be written over the op's ``overwritten`` argument.
+
+        Raises:
+            ValueError: it may, but that argument is a leaf that trains, or shares its memory with another.
         """
         op = self.op
         tensors = self.cast(*tensors)
+        if overwrite and not torch.compiler.is_compiling():  # which writes to no tensor but by copies that it makes
+            op.check_overwritten(tensors)
         if torch.is_grad_enabled():
             # A custom Function costs as much as an op on few rows: only where a gradient may be asked for.
             for tensor in tensors:
@@ -160,6 +162,9 @@ class Plan:
         op = self.op
         if overwrite and tensors[op.over].is_contiguous():
             op.registered(self.form, "_")(*tensors, *self.numbers)
+            if not torch.compiler.is_compiling() and not tensors[op.over].is_inference():
+                # So that autograd sees it where the values before were saved for another backward pass.
+                torch.autograd.graph.increment_version(tensors[op.over])
             return [tensors[op.over]]
         if op.kept:
             return op.registered(self.form, "")(*tensors, *self.numbers, keep)
@@ -325,7 +330,7 @@ class Op:
         if torch.compiler.is_compiling() or is_transformed(*arguments):
             return self._new_plan(arguments)
         try:
-            kind: list[Any] = [forced(), activation_dtype(arguments[0])]
+            kind: list[Any] = [forced(), autocast_dtype(arguments[0].device.type)]
             for value in arguments:
                 if isinstance(value, Tensor):
                     kind += (value.shape, value.dtype, value.device, value.layout)
@@ -391,6 +396,19 @@ class Op:
             return
         (checks.check_dense if argument.role == "index" else checks.check_tensor)(argument.name, value)
         checks.check_device(argument.name, value, leader.device, f"that of {self.tensors[0].name}")
+
+    def check_overwritten(self, tensors: Sequence[Tensor | None]) -> None:
+        """Refuse, before anything is written, to write over what others would miss."""
+        over = tensors[self.over]
+        assert over is not None
+        owner = over._base if over._is_view() else over
+        if torch.is_grad_enabled() and owner is not None and owner.requires_grad and owner.is_leaf:
+            raise ValueError(f"{self.overwritten}: expected a tensor to write over, got a leaf that trains")
+        for argument, tensor in zip(self.tensors, tensors, strict=True):
+            if tensor is None or argument.name == self.overwritten:
+                continue
+            if torch._C._is_alias_of(over, tensor):  # type: ignore[attr-defined]
+                raise ValueError(f"{self.overwritten}: expected memory to write over, got that of {argument.name}")
 
     def _check_dtypes(self, named: dict[str, Any], dtype: torch.dtype) -> None:
         leader, weight = self.tensors[0].name, None

@@ -45,15 +45,16 @@ def prompt_diffusion(
         source: [..., n, d], dtype of ``hidden``; the input of the attention's queries. Any strides.
         prompts: [p, d], p from 1 to 1,024; dtype of ``hidden`` or float32.
         keys: [p, d], dtype of ``prompts``.
-        log_scale: one floating element; the logarithm of the output's scale.
+        log_scale: one floating element; the logarithm of the output's scale. Its gradient is read off the output as
+            that is stored: in half precision a sum that cancels is as exact as that.
         activation: ``"relu"`` or ``"softmax"`` (over the p prompts).
         row_weight: ``"max"``, or ``"none"`` for ``w = 1``.
         dropout_p: probability in [0, 1) that an element of ``R`` is dropped; the rest are divided by
             ``1 - dropout_p``.
         seed: int64 number or one-element tensor that fixes the dropout mask; drawn from torch's generator when None.
         inplace: whether the output may be written over ``hidden``, which must then have no other use: a new result's
-            memory can cost more than its arithmetic. As with torch's own in-place functions, autograd refuses a leaf
-            that trains, and a later backward pass that needed the old values.
+            memory can cost more than its arithmetic. A leaf that trains, or memory that another argument shares, is
+            refused; a later backward pass that needs the old values is an error, as with torch's in-place functions.
 
     Returns:
         [..., n, d], dtype of ``hidden`` (the autocast dtype under autocast), contiguous. An empty batch gives an
@@ -66,6 +67,7 @@ def prompt_diffusion(
 
     Source: "Approximated Prompt Tuning for Vision-Language Pre-trained Models", arXiv 2306.15706, section 3.
     """
+    checks.check_flag("inplace", inplace)
     plan = PROMPT_DIFFUSION.plan(hidden, source, prompts, keys, log_scale, activation, row_weight, dropout_p)
     seed = seed_tensor(seed, dropout_p, hidden.device)
     tensors = (hidden, source, prompts, keys, log_scale)

@@ -10,7 +10,7 @@ GPU turns from memory-bound to compute-bound. Every tile reads the weights, so t
 Backward: R and dS are the coefficients of every gradient, dP = (e^s w R)^T G, dK = dS^T X and dX = dS K.
 
 1. `coefficients_kernel`, laid out like the forward, forms S again, sums T = G P^T, and writes e^s w R and dS [M, p],
-   dH, and one partial sum of ds a tile. It reads X, G and H once.
+   dH, and one partial sum of ds a tile. It reads X, G and Y once.
 2. `source_gradient_kernel` is the product dX = dS K.
 3. `weight_gradient_kernel` is the product for dP or dK, its long sum over rows split among programs, and
    `sum_splits_kernel` adds the splits in order. No atomics: the same bits every time.

@@ -57,7 +57,7 @@ def ways(*backends):
 
 
 def build(op, case, dtype=F32, backend="cpu"):
-    """A parity case's problem; without its scale's gradient where a norm behind it undoes the scale."""
+    """A parity case's problem, where the backend runs."""
     return PARITY[op].build(case, dtype, device_of(backend))
 
 

@@ -341,7 +341,6 @@ SMALL = {
     "prompt_compress": CompressCase("", 2, 3, 4, 2, 4, 8, padding=(1, 0)),
     "skip_adapter": SkipCase("", (2, 3), 8, 4, experts=2),
 }
-BACKWARD = {"prompt_diffusion": {}, "prompt_compress": {}, "skip_adapter": {}}
 
 
 def registered(op, case, direction, **changes):
