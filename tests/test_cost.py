@@ -15,8 +15,8 @@ from fast_prompt import APTConfig, cost, get_fast_prompt_model
 from fast_prompt.backends import BACKENDS
 from fast_prompt.cli import main
 from fast_prompt.cost.counting import count_macs, count_parameters
-from fast_prompt.cost.methods import spread
 from fast_prompt.cost.prompts import FORMS, prompt_keys, prompt_queries
+from fast_prompt.methods.das.spread import spread
 from fast_prompt.models.meter import MeterForVisualQuestionAnswering
 from fast_prompt.tolerances import TOLERANCES, relative_error
 

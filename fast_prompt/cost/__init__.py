@@ -2,9 +2,10 @@
 
 from fast_prompt.cost.comparison import comparisons
 from fast_prompt.cost.counting import count_macs, count_parameters
-from fast_prompt.cost.methods import METHODS, Settings, methods_for
+from fast_prompt.cost.methods import COUNTED_METHODS as METHODS
+from fast_prompt.cost.methods import Settings, methods_for
 from fast_prompt.cost.rows import Row, count
-from fast_prompt.cost.subject import COUNTED, Subject, find_subject
+from fast_prompt.models.subject import COUNTED, Subject, find_subject
 
 __all__ = [
     "COUNTED",

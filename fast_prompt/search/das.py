@@ -134,6 +134,16 @@ class DASSearch(Search):
             return dataclasses.replace(self.config, configs=parts)
         return das
 
+    @property
+    def arm_names(self) -> list[str]:
+        """The candidates."""
+        return self.candidates
+
+    @property
+    def chosen(self) -> list[str]:
+        """The blocks that lead."""
+        return self.skipped
+
     def status(self) -> str:
         """Which blocks lead."""
         return f"skipping {', '.join(path.rpartition('.')[2] for path in self.skipped)}"
@@ -173,3 +183,14 @@ def skipping_part(config: MethodConfig) -> DASConfig:
     if not found:
         raise ValueError(f"config: expected a DASConfig to search for, got {', '.join(part.method for part in parts)}")
     return found[0]
+
+
+SETTINGS = DASSettings
+DEFAULTS: dict[str, Any] = {}
+
+
+def start(
+    model: nn.Module, configs: list[MethodConfig], examples: Examples, settings: DASSettings, output: Path
+) -> DASSearch:
+    """The search that a file's tables ask for."""
+    return DASSearch(model, configs, examples, settings, directory=output)

@@ -7,6 +7,7 @@ that are set aside, and every rank takes the same step.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import default_collate
@@ -18,6 +19,7 @@ from fast_prompt.search.bandit import Bandit
 from fast_prompt.search.search import Draw, Reward, Search, accuracy
 from fast_prompt.search.settings import SearchSettings
 from fast_prompt.search.training import Collate, Examples, seeded
+from fast_prompt.tuning.config import MethodConfig
 
 
 class DVPSearch(Search):
@@ -100,3 +102,23 @@ class DVPSearch(Search):
         """Puts a layer's prompter into the model."""
         assert self._arms is not None
         self._arms.use(draw[0])
+
+
+SETTINGS = SearchSettings
+DEFAULTS: dict[str, Any] = {"layer": 0}
+
+
+def start(
+    model: nn.Module, configs: list[MethodConfig], examples: Examples, settings: SearchSettings, output: Path
+) -> DVPSearch:
+    """The search that a file's tables ask for.
+
+    Raises:
+        ValueError: there are other methods beside it.
+    """
+    config, *others = configs
+    if others:
+        names = ", ".join(each.method.lower() for each in configs)
+        raise ValueError(f"the search for [dvp]'s layer knows no other method, got {names}")
+    assert isinstance(config, DVPConfig)
+    return DVPSearch(model, config, examples, settings, directory=output)

@@ -3,27 +3,21 @@
 import dataclasses
 import importlib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
+from fast_prompt.methods import METHODS
 from fast_prompt.models.foreign_code import check_attention
-from fast_prompt.search.das import DASSearch, DASSettings
-from fast_prompt.search.dvp import DVPSearch
 from fast_prompt.search.search import Search
 from fast_prompt.search.settings import SearchSettings, TrainingSettings
 from fast_prompt.tuning.config import MethodConfig
 from fast_prompt.tuning.files import read_json, read_tensors
 
-# What a file's tables may be called, and what each becomes.
-METHODS: dict[str, type[MethodConfig]] = {"das": DASConfig, "dvp": DVPConfig, "apt": APTConfig}
-TABLES = ("search", "training", *METHODS)
 PATHS = ("model", "examples", "output")
-KEYS = (*PATHS, "model_class", *TABLES)
 
 
 class Columns:
@@ -91,28 +85,31 @@ class Plan:
 
     @classmethod
     def _of(cls, values: dict[str, Any], base: Path) -> "Plan":
-        unknown = [key for key in values if key not in KEYS]
+        # Of two methods that have a search, the one registered later is searched for, and the other is given.
+        searches = [name for name in reversed(METHODS) if METHODS[name].search is not None]
+        known = [*searches, *(name for name in METHODS if name not in searches)]
+        tables = ("search", "training", *known)
+        keys = (*PATHS, "model_class", *tables)
+        unknown = [key for key in values if key not in keys]
         missing = [key for key in (*PATHS, "search") if key not in values]
         if unknown or missing:
             problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
-            raise ValueError(f"expected the keys {', '.join(KEYS)}: {problem}")
-        for name in TABLES:
+            raise ValueError(f"expected the keys {', '.join(keys)}: {problem}")
+        for name in tables:
             if not isinstance(values.get(name, {}), dict):
                 raise ValueError(f"{name}: expected a table [{name}], got {values[name]!r}")
-        methods = [name for name in METHODS if name in values]
-        if sum(name in SEARCHES for name in methods) == 0:
-            raise ValueError(f"expected a table [{'] or ['.join(SEARCHES)}], the method to search for")
-        # Where both are there, the blocks to skip are searched for, and the prompts' layer is given.
-        sought = methods[0]
-        if sought == "dvp":
-            values["dvp"].setdefault("layer", 0)
+        methods = [name for name in known if name in values]
+        if not any(name in searches for name in methods):
+            raise ValueError(f"expected a table [{'] or ['.join(searches)}], the method to search for")
+        sought = _search_of(methods[0])
+        values = values | {methods[0]: sought.DEFAULTS | values[methods[0]]}
         return cls(
             model=base / _text("model", values["model"]),
             model_class=_text("model_class", values["model_class"]) if "model_class" in values else None,
             examples=base / _text("examples", values["examples"]),
             output=base / _text("output", values["output"]),
-            configs=[_build(name, METHODS[name], values[name]) for name in methods],
-            search=_build("search", SETTINGS[sought], values["search"]),
+            configs=[_build(name, METHODS[name].config, values[name]) for name in methods],
+            search=_build("search", sought.SETTINGS, values["search"]),
             training=_build("training", TrainingSettings, values["training"]) if "training" in values else None,
         )
 
@@ -127,27 +124,8 @@ class Plan:
                 raise FileNotFoundError(f"{name}: there is no file {path}")
         examples = Columns(read_tensors(self.examples), str(self.examples))
         model = load_model(self.model, self.model_class)
-        return SEARCHES[_method(self.configs[0])](model, self.configs, examples, self.search, self.output)
-
-
-def _das_search(
-    model: nn.Module, configs: list[MethodConfig], examples: Columns, settings: Any, output: Path
-) -> Search:
-    return DASSearch(model, configs, examples, settings, directory=output)
-
-
-def _dvp_search(
-    model: nn.Module, configs: list[MethodConfig], examples: Columns, settings: Any, output: Path
-) -> Search:
-    if len(configs) > 1:
-        raise ValueError(f"the search for [dvp]'s layer knows no other method, got {', '.join(map(_method, configs))}")
-    (config,) = configs
-    assert isinstance(config, DVPConfig)
-    return DVPSearch(model, config, examples, settings, directory=output)
-
-
-SEARCHES: dict[str, Callable[..., Search]] = {"das": _das_search, "dvp": _dvp_search}
-SETTINGS: dict[str, type[SearchSettings]] = {"das": DASSettings, "dvp": SearchSettings}
+        name = next(name for name, method in METHODS.items() if isinstance(self.configs[0], method.config))
+        return cast(Search, _search_of(name).start(model, self.configs, examples, self.search, self.output))
 
 
 def load_model(directory: Path, class_name: str | None) -> nn.Module:
@@ -170,8 +148,11 @@ def load_model(directory: Path, class_name: str | None) -> nn.Module:
     return found.from_pretrained(directory, local_files_only=True).eval()
 
 
-def _method(config: MethodConfig) -> str:
-    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
+def _search_of(name: str) -> Any:
+    """The module of a method's search."""
+    module = METHODS[name].search
+    assert module is not None
+    return importlib.import_module(module)
 
 
 def _build(name: str, kind: Any, values: dict[str, Any]) -> Any:

@@ -80,6 +80,16 @@ class Search(Training, ABC):
 
     # What a search of its own says
 
+    @property
+    def arm_names(self) -> list[str]:
+        """What each arm is called: its number, unless it has a name."""
+        return [str(arm) for arm in range(len(self.bandit.preferences))]
+
+    @property
+    def chosen(self) -> list[str]:
+        """Of ``arm_names``, those that lead."""
+        return [str(self.bandit.best()[0])]
+
     @abstractmethod
     def run(self) -> MethodConfig:
         """Search, or go on with a search that was interrupted, which then ends as it would have without that."""

@@ -1,0 +1,101 @@
+"""A LoRA that ``docs/adding-a-method.md`` adds: this runs the page's code, which touches no file of the package."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny_models import VISION, assert_same, build, run, snapshot, stir
+from transformers import BertConfig, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from fast_prompt import APTConfig, FastPromptModel, cost, get_fast_prompt_model
+from fast_prompt.cli import main
+from fast_prompt.methods import METHODS, Method, register
+from fast_prompt.tuning.config import CONFIG_CLASSES, MethodConfig
+
+PAGE = Path(__file__).parents[2] / "docs/adding-a-method.md"
+NAMES = ("bert", "roberta", "vit", "vilt", "clip")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    """The module that the page's code makes, registered as the page does it."""
+    module = ModuleType("toy_method")
+    sys.modules[module.__name__] = module  # where dataclasses look for what annotations name
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
+    exec(compile(code, str(PAGE), "exec"), vars(module))
+    yield module
+    del METHODS["low_rank"], CONFIG_CLASSES["LOW_RANK"], sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_adapts_trains_saves_loads_and_reverts(toy, name, tmp_path):
+    model, inputs = build(name)
+    before, untouched = snapshot(model), run(model, inputs)
+    adapted = get_fast_prompt_model(model, toy.LowRankConfig(rank=3))
+    assert torch.equal(run(adapted, inputs), untouched)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    run(adapted, inputs).square().sum().backward()
+    optimizer.step()
+    stir(adapted)
+    expected = run(adapted, inputs)
+    assert not torch.equal(expected, untouched)
+    adapted.save_pretrained(tmp_path)
+    assert isinstance(MethodConfig.from_pretrained(tmp_path), toy.LowRankConfig)
+    assert torch.equal(run(FastPromptModel.from_pretrained(build(name)[0], tmp_path), inputs), expected)
+    adapted.revert()
+    assert_same(before, snapshot(model))
+
+
+def test_several_adapters_beside_another_method(toy):
+    model, inputs = build("bert")
+    adapted = get_fast_prompt_model(model, toy.LowRankConfig(rank=2))
+    adapted.add_adapter("apt", APTConfig(num_prompts=3))
+    stir(adapted)
+    first = run(adapted, inputs)
+    adapted.set_adapter("apt")
+    assert not torch.equal(run(adapted, inputs), first)
+    adapted.set_adapter("default")
+    assert torch.equal(run(adapted, inputs), first)
+    both = get_fast_prompt_model(build("bert")[0], [toy.LowRankConfig(), APTConfig(num_prompts=3)])
+    assert run(both, inputs).shape == first.shape
+
+
+def test_trainer(toy, tmp_path):
+    pytest.importorskip("accelerate")
+    config = toy.LowRankConfig(rank=2, modules_to_save=["classifier"])
+    model = get_fast_prompt_model(ViTForImageClassification(ViTConfig(**VISION, num_labels=2)), config)
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 2} for index in range(4)]
+    options = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2, "save_strategy": "no"}
+    start = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=data).train()
+    now = dict(model.named_parameters())
+    assert start and any(not torch.equal(now[name], value) for name, value in start.items() if ".up" in name)
+
+
+def test_its_cost_by_the_command(capsys, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertConfig(**sizes).save_pretrained(tmp_path)
+    assert main(["cost", "--model", str(tmp_path), "--text-length", "7", "--method", "low_rank", "lora", "--json"]) == 0
+    ours, baseline = json.loads(capsys.readouterr().out)["rows"]
+    assert ours["method"] == "low_rank"
+    counted = ("macs", "added_macs", "params", "trainable_params")
+    assert [ours[name] for name in counted] == [baseline[name] for name in counted]
+    assert "low_rank" in cost.methods_for(cost.find_subject(str(tmp_path)))
+
+
+def test_a_name_is_registered_once(toy):
+    with pytest.raises(ValueError, match=r"name: expected one that is not taken .*, got 'low_rank'"):
+        register(Method("low_rank", toy.LowRankConfig))
+
+
+def test_a_config_that_needs_settings_needs_a_cost(toy):
+    needy = dataclasses.make_dataclass("Needy", [("size", int)], bases=(toy.LowRankConfig,), kw_only=True)
+    with pytest.raises(ValueError, match="cost: expected a module, since Needy needs size"):
+        register(Method("needy", needy))
+    assert "needy" not in METHODS
