@@ -15,6 +15,7 @@ from transformers import BertConfig, Trainer, TrainingArguments, ViTConfig, ViTF
 from fast_prompt import APTConfig, FastPromptModel, cost, get_fast_prompt_model
 from fast_prompt.cli import main
 from fast_prompt.methods import METHODS, Method, register
+from fast_prompt.search.plan import Plan
 from fast_prompt.tuning.config import CONFIG_CLASSES, MethodConfig
 
 PAGE = Path(__file__).parents[2] / "docs/adding-a-method.md"
@@ -87,6 +88,17 @@ def test_its_cost_by_the_command(capsys, tmp_path):
     counted = ("macs", "added_macs", "params", "trainable_params")
     assert [ours[name] for name in counted] == [baseline[name] for name in counted]
     assert "low_rank" in cost.methods_for(cost.find_subject(str(tmp_path)))
+
+
+def test_it_joins_a_search_from_a_file(toy, tmp_path):
+    path = tmp_path / "search.toml"
+    head = 'model = "m"\nexamples = "e"\noutput = "o"\n[search]\nsteps = 2\n[low_rank]\nrank = 2\n'
+    path.write_text(head)
+    with pytest.raises(ValueError, match=r"expected a table \[das\] or \[dvp\]"):
+        Plan.read(path)
+    path.write_text(f"{head}[das]\nnum_skipped = 1\n")
+    searched, joined = Plan.read(path).configs
+    assert searched.method == "DAS" and joined == toy.LowRankConfig(rank=2)
 
 
 def test_a_name_is_registered_once(toy):
