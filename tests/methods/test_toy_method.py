@@ -107,7 +107,11 @@ def test_a_name_is_registered_once(toy):
 
 
 def test_a_config_that_needs_settings_needs_a_cost(toy):
-    needy = dataclasses.make_dataclass("Needy", [("size", int)], bases=(toy.LowRankConfig,), kw_only=True)
+    named = {"method": "NEEDY"}
+    needy = dataclasses.make_dataclass(
+        "Needy", [("size", int)], bases=(toy.LowRankConfig,), kw_only=True, namespace=named
+    )
     with pytest.raises(ValueError, match="cost: expected a module, since Needy needs size"):
         register(Method("needy", needy))
     assert "needy" not in METHODS
+    del CONFIG_CLASSES["NEEDY"]
