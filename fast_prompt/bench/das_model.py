@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fast_prompt.bench.contender import Contender, backends_for, forced
 from fast_prompt.methods import DASConfig
+from fast_prompt.methods.das.spread import spread
 from fast_prompt.parity import Problem
 from fast_prompt.tuning import get_fast_prompt_model
 
@@ -94,7 +95,6 @@ def skipping(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
     """The same, half of its k skipped layers of each stream."""
     model = build(shape, dtype, device)
     searched = DASConfig(num_skipped=shape["k"], width=WIDTH, skip_width=SKIP_WIDTH)
-    spread = importlib.import_module("fast_prompt.cost.methods").spread
     skipped = spread(searched.candidates_of(model), shape["k"])
     torch.manual_seed(SEED)
     return get_fast_prompt_model(model, DASConfig(skipped=skipped, width=WIDTH, skip_width=SKIP_WIDTH)).compact()

@@ -39,15 +39,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, defaults = parser.add_argument, cost.Settings()
-    models = ", ".join(cost.COUNTED)
+    models, methods = ", ".join(cost.COUNTED), list(cost.counted_methods())
     add("--model", required=True, help=f"{models}, or a directory with a transformers config.json")
     add(
         "--method",
         nargs="+",
         action="extend",
-        choices=list(cost.METHODS),
+        choices=methods,
         metavar="NAME",
-        help=f"of {', '.join(cost.METHODS)}",
+        help=f"of {', '.join(methods)}",
     )
     add("--image-size", type=_number, help="pixels of a side (default: the model's)")
     add("--text-length", type=_number, help="tokens of a text (default: the usual for the model)")

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_prompt.cli.output import emit_json, emit_table, note
-from fast_prompt.search.das import DASSearch
 from fast_prompt.search.plan import Plan
-from fast_prompt.search.search import Search
 
 DIVERGED, WRONG_INPUT = 1, 2
 CONFIG_DIRECTORY, ADAPTER_DIRECTORY, PICTURE = "found", "adapter", "search.png"
@@ -69,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError, FloatingPointError) as error:
         note(f"fast-prompt search: error: {error}")
         return DIVERGED if isinstance(error, FloatingPointError) else WRONG_INPUT
-    names = _arms(search)
-    chosen = _chosen(search)
+    names, chosen = search.arm_names, search.chosen
     shares = search.bandit.probabilities.tolist()
     if args.json:
         facts = {"found": found.to_dict(), "preferences": dict(zip(names, shares, strict=True))}
@@ -85,13 +82,3 @@ def run(args: argparse.Namespace) -> int:
     written = [PICTURE, CONFIG_DIRECTORY] + [ADAPTER_DIRECTORY] * (plan.training is not None)
     print(f"wrote {', '.join(str(plan.output / name) for name in written)}")
     return 0
-
-
-def _arms(search: Search) -> list[str]:
-    if isinstance(search, DASSearch):
-        return search.candidates
-    return [str(arm) for arm in range(len(search.bandit.preferences))]
-
-
-def _chosen(search: Search) -> list[str]:
-    return search.skipped if isinstance(search, DASSearch) else [str(search.bandit.best()[0])]

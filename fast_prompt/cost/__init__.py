@@ -2,13 +2,12 @@
 
 from fast_prompt.cost.comparison import comparisons
 from fast_prompt.cost.counting import count_macs, count_parameters
-from fast_prompt.cost.methods import METHODS, Settings, methods_for
+from fast_prompt.cost.methods import Settings, counted_methods, methods_for
 from fast_prompt.cost.rows import Row, count
-from fast_prompt.cost.subject import COUNTED, Subject, find_subject
+from fast_prompt.models.subject import COUNTED, Subject, find_subject
 
 __all__ = [
     "COUNTED",
-    "METHODS",
     "Row",
     "Settings",
     "Subject",
@@ -16,6 +15,7 @@ __all__ = [
     "count",
     "count_macs",
     "count_parameters",
+    "counted_methods",
     "find_subject",
     "methods_for",
 ]

@@ -7,7 +7,7 @@ import transformers
 
 from fast_prompt.cost.counting import count_macs, without_memory
 from fast_prompt.cost.rows import Row
-from fast_prompt.cost.subject import Subject
+from fast_prompt.models.subject import Subject
 
 IMAGE_ENCODER = {"patch_size": 16}  # CLIP ViT-B/16 at 224 x 224, DVP's
 

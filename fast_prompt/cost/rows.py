@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_prompt.cost.counting import count_macs, count_parameters, without_memory
-from fast_prompt.cost.methods import METHODS, Settings, Variant
-from fast_prompt.cost.subject import Subject
+from fast_prompt.cost.methods import Settings, Variant, variants_of
+from fast_prompt.models.subject import Subject
 
 # The settings of every row of one model: the sizes of its input.
 SIZES = ("image_size", "text_length", "batch")
@@ -56,7 +56,7 @@ class Row:
 
 
 def count(subject: Subject, methods: Iterable[str], settings: Settings) -> list[Row]:
-    """The rows of `methods`, names in `METHODS`.
+    """The rows of `methods`, names in `fast_prompt.cost.counted_methods()`.
 
     Raises:
         ValueError: a method does not fit the model, or a setting does not fit it.
@@ -64,7 +64,7 @@ def count(subject: Subject, methods: Iterable[str], settings: Settings) -> list[
     sizes = {name: size for name in SIZES if (size := getattr(subject, name)) is not None}
     with without_memory():
         base = count_macs(subject.model(), **subject.inputs())
-        variants = (variant for name in methods for variant in METHODS[name](subject, settings))
+        variants = (variant for name in methods for variant in variants_of(name, subject, settings))
         return [_row(subject.name, variant, sizes, base) for variant in variants]
 
 

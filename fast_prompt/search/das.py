@@ -81,6 +81,9 @@ class DASSearch(Search):
     """
 
     arm = "block"
+    settings_class = DASSettings
+    takes_others = True
+
     settings: DASSettings
 
     def __init__(
@@ -133,6 +136,16 @@ class DASSearch(Search):
             parts = [das if part is self._das else part for part in self.config.configs]
             return dataclasses.replace(self.config, configs=parts)
         return das
+
+    @property
+    def arm_names(self) -> list[str]:
+        """The candidates."""
+        return self.candidates
+
+    @property
+    def chosen(self) -> list[str]:
+        """The blocks that lead."""
+        return self.skipped
 
     def status(self) -> str:
         """Which blocks lead."""

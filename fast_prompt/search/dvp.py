@@ -6,7 +6,9 @@ that are set aside, and every rank takes the same step.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.data import default_collate
@@ -18,6 +20,7 @@ from fast_prompt.search.bandit import Bandit
 from fast_prompt.search.search import Draw, Reward, Search, accuracy
 from fast_prompt.search.settings import SearchSettings
 from fast_prompt.search.training import Collate, Examples, seeded
+from fast_prompt.tuning.combination import as_config
 
 
 class DVPSearch(Search):
@@ -40,12 +43,14 @@ class DVPSearch(Search):
     """
 
     arm = "layer"
+    placeholders: ClassVar[dict[str, Any]] = {"layer": 0}
+
     config: DVPConfig
 
     def __init__(
         self,
         model: nn.Module,
-        config: DVPConfig,
+        config: DVPConfig | Sequence[DVPConfig],
         examples: Examples,
         settings: SearchSettings,
         *,
@@ -53,9 +58,12 @@ class DVPSearch(Search):
         reward: Reward = accuracy,
         directory: Path | str | None = None,
     ) -> None:
+        own = as_config(config)
+        if not isinstance(own, DVPConfig):
+            raise ValueError(f"config: expected a DVPConfig alone, whose layer is searched for, got {own.method}")
         layers = len(find_target(model).blocks)
         bandit = Bandit(layers, "softmax", settings.preference_rate, settings.seed)
-        super().__init__(model, config, examples, settings, bandit, collate, reward, directory)
+        super().__init__(model, own, examples, settings, bandit, collate, reward, directory)
         self._arms: Arms | None = None
 
     @property

@@ -2,28 +2,23 @@
 
 import dataclasses
 import importlib
+import pkgutil
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
+from fast_prompt.methods import named_methods
 from fast_prompt.models.foreign_code import check_attention
-from fast_prompt.search.das import DASSearch, DASSettings
-from fast_prompt.search.dvp import DVPSearch
 from fast_prompt.search.search import Search
 from fast_prompt.search.settings import SearchSettings, TrainingSettings
 from fast_prompt.tuning.config import MethodConfig
 from fast_prompt.tuning.files import read_json, read_tensors
 
-# What a file's tables may be called, and what each becomes.
-METHODS: dict[str, type[MethodConfig]] = {"das": DASConfig, "dvp": DVPConfig, "apt": APTConfig}
-TABLES = ("search", "training", *METHODS)
 PATHS = ("model", "examples", "output")
-KEYS = (*PATHS, "model_class", *TABLES)
 
 
 class Columns:
@@ -61,7 +56,8 @@ class Plan:
         model_class: a class of ``transformers``, or None for the architecture that the model's config names.
         examples: safetensors file of the model's keyword arguments, labels included, one row an example.
         output: directory for checkpoints, the picture and what was found.
-        configs: the methods' settings; one of them is searched for.
+        search_class: the search of one of the methods.
+        configs: the methods' settings, that method's first.
         search: how the search goes.
         training: how to train anew with what was found; None to leave that.
     """
@@ -70,6 +66,7 @@ class Plan:
     model_class: str | None
     examples: Path
     output: Path
+    search_class: type[Search]
     configs: list[MethodConfig]
     search: SearchSettings
     training: TrainingSettings | None
@@ -91,28 +88,28 @@ class Plan:
 
     @classmethod
     def _of(cls, values: dict[str, Any], base: Path) -> "Plan":
-        unknown = [key for key in values if key not in KEYS]
+        methods = named_methods()
+        tables = ("search", "training", *methods)
+        keys = (*PATHS, "model_class", *tables)
+        unknown = [key for key in values if key not in keys]
         missing = [key for key in (*PATHS, "search") if key not in values]
         if unknown or missing:
             problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
-            raise ValueError(f"expected the keys {', '.join(KEYS)}: {problem}")
-        for name in TABLES:
+            raise ValueError(f"expected the keys {', '.join(keys)}: {problem}")
+        for name in tables:
             if not isinstance(values.get(name, {}), dict):
                 raise ValueError(f"{name}: expected a table [{name}], got {values[name]!r}")
-        methods = [name for name in METHODS if name in values]
-        if sum(name in SEARCHES for name in methods) == 0:
-            raise ValueError(f"expected a table [{'] or ['.join(SEARCHES)}], the method to search for")
-        # Where both are there, the blocks to skip are searched for, and the prompts' layer is given.
-        sought = methods[0]
-        if sought == "dvp":
-            values["dvp"].setdefault("layer", 0)
+        searched, search_class = _searched(methods, values)
+        tables_of_configs = {searched: search_class.placeholders | values[searched]}
+        tables_of_configs |= {name: values[name] for name in methods if name in values and name != searched}
         return cls(
             model=base / _text("model", values["model"]),
             model_class=_text("model_class", values["model_class"]) if "model_class" in values else None,
             examples=base / _text("examples", values["examples"]),
             output=base / _text("output", values["output"]),
-            configs=[_build(name, METHODS[name], values[name]) for name in methods],
-            search=_build("search", SETTINGS[sought], values["search"]),
+            search_class=search_class,
+            configs=[_build(name, methods[name], table) for name, table in tables_of_configs.items()],
+            search=_build("search", search_class.settings_class, values["search"]),
             training=_build("training", TrainingSettings, values["training"]) if "training" in values else None,
         )
 
@@ -127,27 +124,9 @@ class Plan:
                 raise FileNotFoundError(f"{name}: there is no file {path}")
         examples = Columns(read_tensors(self.examples), str(self.examples))
         model = load_model(self.model, self.model_class)
-        return SEARCHES[_method(self.configs[0])](model, self.configs, examples, self.search, self.output)
-
-
-def _das_search(
-    model: nn.Module, configs: list[MethodConfig], examples: Columns, settings: Any, output: Path
-) -> Search:
-    return DASSearch(model, configs, examples, settings, directory=output)
-
-
-def _dvp_search(
-    model: nn.Module, configs: list[MethodConfig], examples: Columns, settings: Any, output: Path
-) -> Search:
-    if len(configs) > 1:
-        raise ValueError(f"the search for [dvp]'s layer knows no other method, got {', '.join(map(_method, configs))}")
-    (config,) = configs
-    assert isinstance(config, DVPConfig)
-    return DVPSearch(model, config, examples, settings, directory=output)
-
-
-SEARCHES: dict[str, Callable[..., Search]] = {"das": _das_search, "dvp": _dvp_search}
-SETTINGS: dict[str, type[SearchSettings]] = {"das": DASSettings, "dvp": SearchSettings}
+        search: Any = self.search_class  # whose constructor each search has for itself
+        found: Search = search(model, self.configs, examples, self.search, directory=self.output)
+        return found
 
 
 def load_model(directory: Path, class_name: str | None) -> nn.Module:
@@ -170,8 +149,13 @@ def load_model(directory: Path, class_name: str | None) -> nn.Module:
     return found.from_pretrained(directory, local_files_only=True).eval()
 
 
-def _method(config: MethodConfig) -> str:
-    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
+def _searched(methods: Mapping[str, type[MethodConfig]], values: Mapping[str, Any]) -> tuple[str, type[Search]]:
+    """The method that is searched for, and its search; of several, the one whose search takes the others."""
+    searches = {name: config.search for name, config in methods.items() if config.search is not None}
+    asked = {name: pkgutil.resolve_name(path) for name, path in searches.items() if name in values}
+    if not asked:
+        raise ValueError(f"expected a table [{'] or ['.join(searches)}], the method to search for")
+    return max(asked.items(), key=lambda each: each[1].takes_others)
 
 
 def _build(name: str, kind: Any, values: dict[str, Any]) -> Any:

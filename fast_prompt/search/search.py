@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class Search(Training, ABC):
     name = "search"
     arm = "arm"
 
+    settings_class: ClassVar[type[SearchSettings]] = SearchSettings
+    placeholders: ClassVar[dict[str, Any]] = {}  # for settings of the config that it finds but that have no default
+    takes_others: ClassVar[bool] = False  # whether the adapter searched for may hold other methods too
+
     settings: SearchSettings
 
     def __init__(
@@ -79,6 +83,16 @@ class Search(Training, ABC):
         self._rewarding, self._training = shuffled.split([aside, len(examples) - aside])
 
     # What a search of its own says
+
+    @property
+    def arm_names(self) -> list[str]:
+        """What each arm is called: its number, unless it has a name."""
+        return [str(arm) for arm in range(len(self.bandit.preferences))]
+
+    @property
+    def chosen(self) -> list[str]:
+        """Of ``arm_names``, those that lead."""
+        return [str(self.bandit.best()[0])]
 
     @abstractmethod
     def run(self) -> MethodConfig:

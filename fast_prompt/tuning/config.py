@@ -16,7 +16,8 @@ from fast_prompt.tuning.storage import SAVE_ID, read_settings, save_config
 # Beside the method's own settings, the file says which base the adapter was made for, and in which save.
 DESCRIBED = ("base_model_class", "base_model_type", "base_model_name_or_path", SAVE_ID)
 
-CONFIG_CLASSES: dict[str, type["MethodConfig"]] = {}
+# Every method by its ``method``: a config class is registered by being defined.
+METHODS: dict[str, type["MethodConfig"]] = {}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,16 +25,27 @@ class MethodConfig:
     """Base of the methods' configs: subclasses are dataclasses that set ``method`` and say how to adapt a model.
 
     Attributes:
+        method: the method's name in a saved adapter's file; in lower case, what the commands call it.
+        cost: the module that says what it is counted by, imported when it is: ``variants(subject, settings)`` gives
+            ``fast_prompt.methods.variant.Variant``s; ``refuses(subject)``, if there is one, says why a model does not
+            fit. None: it is counted with the config's defaults, if it has a default for everything.
+        search: the class of its search, as ``"module:Class"``, imported when it is run; None: there is none.
         modules_to_save: names (or their endings) of modules to train and save in full, such as ``["classifier"]``.
     """
 
     method: ClassVar[str]
+    cost: ClassVar[str | None] = None
+    search: ClassVar[str | None] = None
 
     modules_to_save: list[str] | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        CONFIG_CLASSES[cls.method] = cls
+        other = METHODS.setdefault(cls.method, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            owner = f"{other.__module__}.{other.__qualname__}"
+            raise ValueError(f"method: {cls.method} is that of {owner} already, got it for {cls.__qualname__}")
+        METHODS[cls.method] = cls
 
     def __post_init__(self) -> None:
         if self.modules_to_save is not None:
@@ -88,9 +100,9 @@ class MethodConfig:
     def from_dict(cls, values: dict[str, Any], origin: str = "the config") -> Self:
         """The config whose ``to_dict`` gave ``values``; ``origin`` names their source in warnings and errors."""
         method = values.get("method")
-        config_class = CONFIG_CLASSES.get(method) if isinstance(method, str) else None
+        config_class = METHODS.get(method) if isinstance(method, str) else None
         if config_class is None or not issubclass(config_class, cls):
-            known = ", ".join(name for name, each in CONFIG_CLASSES.items() if issubclass(each, cls))
+            known = ", ".join(name for name, each in METHODS.items() if issubclass(each, cls))
             found = method or values.get("peft_type")
             raise ValueError(f"{origin}: expected a fast_prompt adapter with method {known}, got method {found!r}")
         _check_described(values, origin)

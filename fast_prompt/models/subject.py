@@ -48,6 +48,11 @@ class Subject:
         """What counting takes."""
         return _counted(self.architecture)
 
+    @property
+    def attentions(self) -> list[str] | None:
+        """The ``target_modules`` of its attentions, where they go by name; None where they are known by class."""
+        return list(self.architecture.named_attentions) or None
+
     def model(self) -> nn.Module:
         """A new one: frozen, in eval mode."""
         named = next(iter(self.config.architectures or []), "")

@@ -55,6 +55,8 @@ class DASConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "DAS"
+    cost: ClassVar[str | None] = "fast_prompt.methods.das.cost"
+    search: ClassVar[str | None] = "fast_prompt.search.das:DASSearch"
 
     skipped: Sequence[str | int] | None = None
     num_skipped: int = 4

@@ -41,6 +41,7 @@ class APTConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "APT"
+    cost: ClassVar[str | None] = "fast_prompt.methods.apt.cost"
 
     target_modules: list[str] | str | None = None
     num_prompts: int = 200

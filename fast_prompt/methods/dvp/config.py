@@ -83,6 +83,8 @@ class DVPConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "DVP"
+    cost: ClassVar[str | None] = "fast_prompt.methods.dvp.cost"
+    search: ClassVar[str | None] = "fast_prompt.search.dvp:DVPSearch"
 
     layer: int
     visual_width: int | None = None
