@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, WIDTH, bert_classifier, build, run, text_inputs
+from tiny_models import MODELS, WIDTH, bert_classifier, build, run, stir, text_inputs
 from torch import nn
 from transformers import (
     DistilBertConfig,
@@ -17,6 +17,8 @@ from transformers import (
 
 from fast_prompt.methods import APTConfig
 from fast_prompt.models import find_attention_sites
+from fast_prompt.models.architectures import forwards
+from fast_prompt.nn import PromptDiffusion
 from fast_prompt.tuning import get_fast_prompt_model
 
 ATTENTIONS = {"vit": 2, "bert": 2, "bert_decoder": 4, "roberta": 2, "clip": 4, "vilt": 2}
@@ -66,6 +68,94 @@ def test_what_the_adapter_returns_goes_on_in_place_of_the_projections_output(nam
             projection.weight.mul_(torch.e)
             projection.bias.mul_(torch.e)
         torch.testing.assert_close(adapted, run(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+def outcome(adapted, inputs):
+    """The model's output, and the gradient of everything that trains."""
+    output = run(adapted, inputs)
+    output.square().sum().backward()
+    found = {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    adapted.zero_grad()
+    return {"output": output.detach(), **found}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_result_is_written_over_the_projections_own(name, monkeypatch):
+    """Nothing else has H where a plain linear layer made it; output and gradients are those of a new result."""
+    model, inputs = build(name)
+    adapted = get_fast_prompt_model(model, APTConfig(num_prompts=3))
+    stir(adapted)
+    given = []
+    own = PromptDiffusion.forward
+
+    def forward(self, hidden, source, *, inplace):
+        before, version = hidden.data_ptr(), hidden._version
+        result = own(self, hidden, source, inplace=inplace)
+        given.append(inplace and result.data_ptr() == before and hidden._version > version)
+        return result
+
+    monkeypatch.setattr(PromptDiffusion, "forward", forward)
+    written_over = outcome(adapted, inputs)
+    with torch.no_grad():
+        assert torch.equal(run(adapted, inputs), written_over["output"])
+    assert given and all(given)
+    given.clear()
+    monkeypatch.setattr(forwards, "gives_new_result", lambda projection: False)
+    new = outcome(adapted, inputs)
+    assert given and not any(given)
+    assert written_over.keys() == new.keys() and all(torch.equal(new[key], written_over[key]) for key in new)
+
+
+def watch_output(projection, seen):
+    return projection.register_forward_hook(lambda module, args, output: seen.append(output))
+
+
+def watch_all(projection, seen):
+    keep = [lambda module, args, output: seen.append(output) if module is projection else None]
+    return torch.nn.modules.module.register_module_forward_hook(*keep)
+
+
+def watch_gradient(projection, seen):
+    return projection.register_full_backward_hook(lambda module, grads, grad_output: seen.append(grad_output[0]))
+
+
+@pytest.mark.parametrize("watch", [watch_output, watch_all, watch_gradient])
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_a_result_that_somebody_watches_stays_as_it_is(name, watch):
+    model, inputs = build(name)
+    adapted = get_fast_prompt_model(model, APTConfig(num_prompts=3))
+    stir(adapted)
+    expected = outcome(adapted, inputs)
+    site = adapted.targeted_module_names[-1]  # of which the gradient reaches the projection
+    projection = model.get_submodule(f"{site}.{'o_proj' if name == 'vit' else 'output.dense'}")
+    reads, seen = [], []
+    hooks = [projection.register_forward_pre_hook(lambda module, args: reads.append(args[0])), watch(projection, seen)]
+    found = outcome(adapted, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert len(seen) == 1
+    if watch is not watch_gradient:
+        assert torch.equal(seen[0], projection(reads[0]))
+
+
+def test_a_projection_that_another_tool_runs_keeps_its_result():
+    """As accelerate's hooks, or a subclass such as PEFT's LoRA, may need what they gave."""
+    model, inputs = build("vit")
+    adapted = get_fast_prompt_model(model, APTConfig(num_prompts=3))
+    stir(adapted)
+    expected = run(adapted, inputs)
+    projection, seen = model.vit.layers[0].attention.o_proj, []
+    plain = projection.forward
+
+    def forward(heads):
+        seen.append((plain(heads), heads))
+        return seen[-1][0]
+
+    projection.forward = forward
+    assert torch.equal(run(adapted, inputs), expected)
+    del projection.forward
+    assert torch.equal(seen[0][0], projection(seen[0][1]))
 
 
 @pytest.mark.parametrize("name", ["bert", "vilt"])

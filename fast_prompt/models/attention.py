@@ -166,13 +166,16 @@ def _site(model: nn.Module, name: str, verdicts: dict[Any, Verdict]) -> Attentio
     kind = (base_class(attention), projections, is_cross)
     if kind not in verdicts:
         verdicts[kind] = _verdict(attention, projections, host, forward, is_cross)
+    unproven = _unproven(name, attention, verdicts[kind])
+    if not host and projections is not None and not unproven:
+        forward = attention_forward(projections.output)
     return AttentionSite(
         name=name,
         host=path,
         forward=forward,
         width=_width(_child(attention, output)),
         projections=projections,
-        unproven=_unproven(name, attention, verdicts[kind]),
+        unproven=unproven,
         is_cross=is_cross,
     )
 
@@ -209,7 +212,7 @@ def _host(attention: nn.Module) -> tuple[str, Callable[..., Any]]:
     children = frozenset(name for name in getattr(output, "_modules", ()) if not name.startswith(CHILD))
     if children in OUTPUT_FORWARDS:
         return "output", OUTPUT_FORWARDS[children]
-    return "", attention_forward
+    return "", attention_forward("")
 
 
 def _projections(attention: nn.Module) -> Projections | None:

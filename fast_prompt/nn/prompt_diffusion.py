@@ -94,12 +94,13 @@ class PromptDiffusion(nn.Module):
         with without_autocast(self.prompts.device):
             return self.prompts + (self.prompts @ self.key_down.t()) @ self.key_up.t()
 
-    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, source: Tensor, *, inplace: bool = False) -> Tensor:
         """Diffuse the prompts into ``hidden``.
 
         Args:
             hidden: [..., n, d]; the attention's output projection with its bias, before dropout and residual.
             source: [..., n, d], dtype of ``hidden``; what the attention's queries are projected from.
+            inplace: whether the result may be written over ``hidden``, which must then have no other use.
 
         Returns:
             [..., n, d], dtype of ``hidden`` (the autocast dtype under autocast).
@@ -117,6 +118,7 @@ class PromptDiffusion(nn.Module):
             activation=self.activation,
             row_weight=self.row_weight,
             dropout_p=self.dropout if self.training else 0.0,
+            inplace=inplace,
         )
 
     def extra_repr(self) -> str:

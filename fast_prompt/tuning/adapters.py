@@ -1,5 +1,7 @@
 """Where named adapters live inside a model: at each site, and in place of the modules that train in full."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 # The child that folded modules ask for their share of the merged weights.
@@ -35,17 +37,17 @@ class SiteAdapters(nn.ModuleDict):
         """The active adapter's module; None when there is none."""
         return None if self.active is None else self[self.active]
 
-    def forward(self, hidden: Tensor, *context: Tensor) -> Tensor:
-        """``hidden`` [..., n, d], and whatever else the adapter reads, to [..., n, d]."""
+    def forward(self, hidden: Tensor, *context: Tensor, **options: Any) -> Tensor:
+        """``hidden`` [..., n, d], and whatever else the adapter is given, to [..., n, d]."""
         if self.active is None:
             return hidden
-        return self[self.active](hidden, *context)
+        return self[self.active](hidden, *context, **options)
 
 
-def at_site(module: nn.Module, child: str, hidden: Tensor, *context: Tensor) -> Tensor:
+def at_site(module: nn.Module, child: str, hidden: Tensor, *context: Tensor, **options: Any) -> Tensor:
     """``hidden`` through the active one of the adapters that ``module`` keeps as ``child``; unchanged without one."""
     adapters = getattr(module, child, None)
-    return hidden if adapters is None else adapters(hidden, *context)
+    return hidden if adapters is None else adapters(hidden, *context, **options)
 
 
 def _no_op(*_: object) -> None:

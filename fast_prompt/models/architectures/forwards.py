@@ -9,10 +9,12 @@ A parallel adapter reads what its sublayer reads before any norm, and is compute
 called from here; without adapters they must give what the block's own forward gives, which a trial call checks.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fast_prompt.models.architectures.architecture import Place, Sublayers
 from fast_prompt.models.cache import cache_in
@@ -31,24 +33,46 @@ ATTENTION_CHILD, MLP_CHILD = f"{CHILD}_attention", f"{CHILD}_mlp"
 SOURCES = ("hidden_states", "query", "x")
 
 
-def attention_forward(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward of an attention module that returns H, alone or first in a tuple."""
-    source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
-    output = forward(self, *args, **kwargs)
-    adapters = getattr(self, CHILD)
-    if isinstance(output, tuple):
-        return (adapters(output[0], source.to(output[0].device)), *output[1:])
-    return adapters(output, source.to(output.device))
+@functools.cache  # so that the same attentions have the same class
+def attention_forward(projection: str) -> Replacement:
+    """The forward of an attention module that returns H, alone or first in a tuple.
+
+    Args:
+        projection: the path of the linear layer that gives H; empty where that is not known.
+    """
+
+    def forward_with_adapter(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
+        output = forward(self, *args, **kwargs)
+        hidden, *others = output if isinstance(output, tuple) else (output,)
+        inplace = bool(projection) and gives_new_result(self.get_submodule(projection))
+        adapted = getattr(self, CHILD)(hidden, source.to(hidden.device), inplace=inplace)
+        return (adapted, *others) if isinstance(output, tuple) else adapted
+
+    return forward_with_adapter
+
+
+def gives_new_result(module: nn.Module) -> bool:
+    """Whether a module's result has no user but its caller, who may write over it: a linear layer that nobody watches.
+
+    Its backward pass reads its input and weight alone. Hooks, other tools' forwards, and subclasses may keep it.
+    """
+    watched = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
+    return type(module) is nn.Linear and not watched and "forward" not in vars(module)
 
 
 def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of ViLT's ``output`` module: projection, (the adapter,) dropout."""
-    return self.dropout(at_site(self, CHILD, self.dense(hidden_states), input_tensor))
+    return self.dropout(_adapted(self, hidden_states, input_tensor))
+
+
+def _adapted(output: Any, heads: Tensor, source: Tensor) -> Tensor:
+    return at_site(output, CHILD, output.dense(heads), source, inplace=gives_new_result(output.dense))
 
 
 def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """The forward of BERT's ``output`` module: projection, (the adapter,) dropout, (adapted) residual, LayerNorm."""
-    hidden_states = at_site(self, CHILD, self.dense(hidden_states), input_tensor)
+    hidden_states = _adapted(self, hidden_states, input_tensor)
     return self.LayerNorm(self.dropout(hidden_states) + at_site(self, RESIDUAL_CHILD, input_tensor))
 
 
