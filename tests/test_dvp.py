@@ -562,3 +562,10 @@ BAD_FIELDS = {
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected .*got "):
         DVPConfig(**{"layer": 0, field: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_half_precision_model_takes_features_of_either_dtype(dtype):
+    model, inputs = build_language_model("bert")
+    get_fast_prompt_model(model.to(torch.bfloat16), config())
+    assert model(**inputs, visual_embeds=features().to(dtype))[0].dtype == torch.bfloat16
