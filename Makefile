@@ -54,13 +54,13 @@ demo: setup
 
 test: check
 	$(PYTEST)
-	$(BIN)/python tests/compat.py oldest
+	$(BIN)/python tests/support/compat.py oldest
 
 test-fast: setup
 	$(PYTEST) -m "not gate"
 
 test-compat: setup
-	$(BIN)/python tests/compat.py
+	$(BIN)/python tests/support/compat.py
 
 check: setup
 	$(BIN)/ruff check .

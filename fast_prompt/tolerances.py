@@ -7,7 +7,7 @@ tensor cores, bfloat16 by AVX-512's instructions, which take anything below 2**-
 arithmetic is float32. A result beyond its dtype is infinite.
 
 These hold at ordinary numbers. What a softmax of large scores, ReLU at its edge or the norm of nearly equal
-numbers makes of a rounding error is larger; tests/test_properties.py measures by it.
+numbers makes of a rounding error is larger; tests/ops/test_properties.py measures by it.
 """
 
 import torch

@@ -279,7 +279,7 @@ def round_weights_kernel(prompts_half, keys_half, keys_low, prompts, keys, size,
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tiles, chosen by p and dtype, and never tuned by a length. Each compiles for every target without a spilled register
-# and within 99 KiB of shared memory, the least of any chip since Ampere; tests/test_aot.py holds them to that.
+# and within 99 KiB of shared memory, the least of any chip since Ampere; tests/build/test_aot.py holds them to that.
 
 
 # By p rounded up to a power of two.

@@ -140,7 +140,7 @@ def test_order_of_threads_does_not_show(op, case):
 
 BUDGETS = {
     op: figures["cuda"]["shared_memory"]
-    for op, figures in json.loads((Path(__file__).parents[1] / "kernel_budgets.json").read_text()).items()
+    for op, figures in json.loads((Path(__file__).parents[1] / "build" / "kernel_budgets.json").read_text()).items()
 }
 
 

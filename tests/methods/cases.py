@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from test_meter import inputs as meter_inputs
-from test_meter import tiny_config
+from tiny_meter import inputs as meter_inputs
+from tiny_meter import tiny_config
 from tiny_models import LANGUAGE_MODELS, MODELS, VISION, build, build_language_model, text_inputs
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -15,11 +15,11 @@ from fast_prompt import APTConfig, DASConfig, DVPConfig, get_fast_prompt_model, 
 from fast_prompt.models.meter import MeterForVisualQuestionAnswering
 from fast_prompt.tuning.config import MethodConfig
 
-VISUAL_WIDTH = 24
+VISUAL_WIDTH, TOKENS = 24, 5
 Configs = MethodConfig | list[MethodConfig]
 
 
-def features(batch: int = 2, tokens: int = 5) -> Tensor:
+def features(batch: int = 2, tokens: int = TOKENS) -> Tensor:
     """Visual tokens for DVP."""
     return torch.randn(batch, tokens, VISUAL_WIDTH, generator=torch.Generator().manual_seed(6))
 

@@ -15,13 +15,13 @@ from gpu_check.report import LAUNCHED_HEADERS, SPEED_HEADERS, launched_rows, spe
 from gpu_check.runner import RECORD
 
 PAGE = ROOT / "docs" / "gpu.md"
-BUDGETS = ROOT / "tests" / "kernel_budgets.json"
+BUDGETS = ROOT / "tests" / "build" / "kernel_budgets.json"
 NOT_YET = "**not yet run on a GPU**"
 
 INTRODUCTION = """\
 # What is proved of the GPU kernels, and where
 
-Made by `make docs` from `tests/kernel_budgets.json` and the records that `make gpu-check` leaves in
+Made by `make docs` from `tests/build/kernel_budgets.json` and the records that `make gpu-check` leaves in
 `bench/results/<gpu>/`; not edited by hand. The tiers of proof are those of `CONTRIBUTING.md`. Tiers 3 to 5 need no
 GPU: `make test` passes them wherever it passes. Tier 6 is a GPU's own.
 """
@@ -73,10 +73,10 @@ def _kernels(op: str, measured: list[Entry]) -> str:
 def _tiers(op: str, backend: str, budgets: Entry) -> list[tuple[str, str]]:
     """The tiers that need no GPU, as far as their tests cover the op."""
     chips = list(dict.fromkeys(chip for by_chip in budgets.get("registers", {}).values() for chip in by_chip))
-    gated = f"{', '.join(chips)}: `tests/test_{'aot' if backend == 'triton' else 'nvcc'}.py`"
+    gated = f"{', '.join(chips)}: `tests/build/test_{'aot' if backend == 'triton' else 'nvcc'}.py`"
     if backend == "triton":
         in_parity = op in parity.OPS and "triton" in OPS[op].kernels
-        found = [("3, in Triton's interpreter", "any CPU: `tests/test_parity.py`")] * in_parity
+        found = [("3, in Triton's interpreter", "any CPU: `tests/ops/test_parity.py`")] * in_parity
         return found + [("4, compiled ahead of time", gated)] * bool(chips)
     emulated = "shared_memory" in budgets
     found = [("5, compiled by nvcc", gated)] * bool(chips)

@@ -5,43 +5,15 @@ import dataclasses
 import eager_das
 import pytest
 import torch
-from test_meter import inputs as meter_inputs
-from test_meter import tiny_config
-from tiny_models import MODELS, assert_same, build, build_language_model, run, snapshot
+from cases import SKIPPING, base, stir
+from cases import das as config
+from tiny_models import assert_same, run, snapshot
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from fast_prompt import DASConfig, get_fast_prompt_model, set_skipped, skipped_now
 from fast_prompt.models.blocks import find_blocks
-from fast_prompt.models.meter import MeterForVisualQuestionAnswering
 from fast_prompt.tolerances import TOLERANCES, relative_error
-
-WIDTHS = {"width": 5, "skip_width": 7}
-
-
-def config(*skipped: int | str, **settings) -> DASConfig:
-    return DASConfig(skipped=list(skipped) or None, **{**WIDTHS, "num_skipped": 1, **settings})
-
-
-def stir(model: nn.Module) -> None:
-    """Random values for every adapter's parameter; norms stay near 1."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "fast_prompt_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + (".norm.weight" in name))
-
-
-def meter() -> tuple[nn.Module, dict]:
-    torch.manual_seed(0)
-    return MeterForVisualQuestionAnswering(tiny_config()).eval(), meter_inputs()
-
-
-def base(name: str) -> tuple[nn.Module, dict]:
-    """A model of any family, and an input."""
-    if name == "meter":
-        return meter()
-    return build(name) if name in MODELS else build_language_model(name)
 
 
 def adapted(name: str, settings: DASConfig) -> tuple[nn.Module, dict]:
@@ -50,9 +22,6 @@ def adapted(name: str, settings: DASConfig) -> tuple[nn.Module, dict]:
     get_fast_prompt_model(model, settings)
     stir(model)
     return model, inputs
-
-
-FAMILIES = ["vit", "bert", "bert_decoder", "roberta", "clip", "vilt", "llama", "meter"]
 
 
 def outputs(name: str, model: nn.Module, inputs: dict) -> list[Tensor]:
@@ -89,7 +58,7 @@ def real_rows(name: str, inputs: dict, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("skipped", [{0}, {1}])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SKIPPING)
 def test_a_model_is_the_formulas_by_hand(name, skipped):
     model, inputs = adapted(name, config(*skipped))
     for output, expected in zip(outputs(name, model, inputs), by_hand(name, model, inputs, skipped), strict=True):
@@ -98,7 +67,7 @@ def test_a_model_is_the_formulas_by_hand(name, skipped):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SKIPPING)
 def test_a_search_flips_between_the_forms(name):
     """All candidates have the adapters of both forms; the skipped ones' are those of a fixed set with equal weights."""
     model, inputs = adapted(name, config())
@@ -278,7 +247,7 @@ def test_left_padding_generates_what_no_padding_does(settings, more):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vit"])
+@pytest.mark.parametrize("name", [name for name in SKIPPING if name != "vit"])
 def test_the_router_reads_the_first_real_token(name, attention):
     model, inputs = adapted(name, config(0, **ROUTER))
     model.set_attn_implementation(attention)
@@ -339,7 +308,7 @@ def test_a_run_of_one_family_leaves_the_rest_of_meter_alone():
 
 
 def test_skipped_blocks_do_not_run():
-    for name in FAMILIES:
+    for name in SKIPPING:
         model, inputs = adapted(name, config(1))
         block = model.get_submodule(find_blocks(model)[1].path)
         ran = [module for path, module in block.named_modules() if path and "fast_prompt" not in path]

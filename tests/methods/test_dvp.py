@@ -6,6 +6,8 @@ import pickle
 import eager_dvp
 import pytest
 import torch
+from cases import TOKENS, VISUAL_WIDTH, features, stir
+from cases import dvp as config
 from tiny_models import LANGUAGE_MODELS, LLAMA, WIDTH, bert_decoder, build_language_model, text_inputs
 from torch import Tensor, nn
 from transformers import (
@@ -27,25 +29,7 @@ from fast_prompt import DVPConfig, get_fast_prompt_model
 from fast_prompt.models.cache import cache_in
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
-VISUAL_WIDTH, TOKENS = 24, 5
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
-
-
-def features(batch: int = 2, tokens: int = TOKENS) -> Tensor:
-    return torch.randn(batch, tokens, VISUAL_WIDTH, generator=torch.Generator().manual_seed(6))
-
-
-def config(layer: int = 1, **settings) -> DVPConfig:
-    return DVPConfig(layer=layer, visual_width=VISUAL_WIDTH, **settings)
-
-
-def stir(model: nn.Module) -> None:
-    """Random values for all that the adapter brings."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "fast_prompt" in name and "fast_prompt_parameters" not in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def adapted(name: str, settings: DVPConfig, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict, nn.Module]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``prompt_compress``, as tests/aot_compile.py compiles them.
+"""The Triton kernels of ``prompt_compress``, as tests/build/aot_compile.py compiles them.
 
 The launcher's own tables give tiles and warps. The passes over the tokens stand here with every option that costs
 registers, at widths on both sides of what fits a chip; at the paper's size the plain case as well.
@@ -47,7 +47,7 @@ class Variant(NamedTuple):
 
     @property
     def budget(self):
-        """Its name in tests/kernel_budgets.json."""
+        """Its name in tests/build/kernel_budgets.json."""
         return f"{self.kernel} {self.dtype} d={self.width} rows={self.rows}"
 
     @property

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import build_cache  # noqa: E402 (lies beside the tests)
+import build_cache
 
 
 @pytest.fixture(autouse=True)

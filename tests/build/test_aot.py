@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time for chips that need not be here: no spills, within budget.
 
-The budgets are in tests/kernel_budgets.json, under each op's ``triton``; what is compiled is in tests/aot_<op>.py. A
-case that has not changed since it was recorded (tests/aot_compile.py) is not compiled again, but for a sample.
+The budgets are in tests/build/kernel_budgets.json, under each op's ``triton``; what is compiled is in tests/build/aot_<op>.py. A
+case that has not changed since it was recorded (tests/build/aot_compile.py) is not compiled again, but for a sample.
 """
 
 import json
@@ -25,7 +25,7 @@ BUDGETS = json.loads((TESTS / "kernel_budgets.json").read_text())
 CASES = aot_compile.cases()
 CHIPS_NEWEST = {"sm_80": "mma.sync", "sm_90": "wgmma.mma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 
-REFRESH = "run `PYTHONPATH=.:kernels python tests/aot_compile.py --record`"
+REFRESH = "run `PYTHONPATH=.:kernels python tests/build/aot_compile.py --record`"
 
 
 def run(*arguments):

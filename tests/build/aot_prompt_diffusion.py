@@ -1,4 +1,4 @@
-"""The Triton kernels of ``prompt_diffusion``, as tests/aot_compile.py compiles them.
+"""The Triton kernels of ``prompt_diffusion``, as tests/build/aot_compile.py compiles them.
 
 The launcher's own tables give tiles and warps. Each tile stands here with the options that need most registers,
 softmax with dropout and float32 weights; at the default p the plain case and the narrow tile as well.
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
     @property
     def budget(self):
-        """Its name in tests/kernel_budgets.json."""
+        """Its name in tests/build/kernel_budgets.json."""
         return f"{self.kernel} {self.dtype} p={self.p}"
 
     @property

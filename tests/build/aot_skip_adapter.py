@@ -1,4 +1,4 @@
-"""The Triton kernels of ``skip_adapter``, as tests/aot_compile.py compiles them.
+"""The Triton kernels of ``skip_adapter``, as tests/build/aot_compile.py compiles them.
 
 The launcher's own tables give tiles and warps. Each tile stands here with the options that need most registers; at
 the usual widths the plain case and the narrow tile as well.
@@ -53,7 +53,7 @@ class Variant(NamedTuple):
 
     @property
     def budget(self):
-        """Its name in tests/kernel_budgets.json."""
+        """Its name in tests/build/kernel_budgets.json."""
         return f"{self.kernel} {self.dtype} w={self.w}"
 
     @property

@@ -1,11 +1,11 @@
 """Compiles every op's Triton kernels for chips that need not be here, and says what they use.
 
 A program of its own, since tests run with ``TRITON_INTERPRET=1``. What came out is recorded in
-tests/kernel_usage.json beside a digest of all that it follows from, so that only what has changed is compiled again:
+tests/build/kernel_usage.json beside a digest of all that it follows from, so that only what has changed is compiled again:
 
-    python tests/aot_compile.py             writes one JSON object a line to stdout, for each of ``cases()`` in order
-    python tests/aot_compile.py --sample    the same of every eleventh, recorded or not: is the record true?
-    python tests/aot_compile.py --record    brings the record up to date
+    python tests/build/aot_compile.py             writes one JSON object a line to stdout, for each of ``cases()`` in order
+    python tests/build/aot_compile.py --sample    the same of every eleventh, recorded or not: is the record true?
+    python tests/build/aot_compile.py --record    brings the record up to date
 
 A new op gets a line in ``MODULES`` and a module like the one there, with:
 
@@ -49,7 +49,7 @@ TARGETS = {
 }
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 RECORD = Path(__file__).with_name("kernel_usage.json")
-KERNELS = Path(__file__).parent.parent / "kernels" / "fast_prompt_kernels"
+KERNELS = Path(__file__).parents[2] / "kernels" / "fast_prompt_kernels"
 SAMPLE = slice(None, None, 11)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

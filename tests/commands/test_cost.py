@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_meter import tiny_config as tiny_meter_config
+from tiny_meter import tiny_config as tiny_meter_config
 from tiny_models import build
 from transformers import BertConfig, CLIPConfig, LlamaConfig, RobertaConfig, T5Config, ViltConfig
 

@@ -1,8 +1,8 @@
 """What nvcc makes of the CUDA kernels for chips that need not be here: no spills, within budget, on tensor cores.
 
-The budgets are in tests/kernel_budgets.json, under each op's ``cuda``; those of shared memory are checked by
+The budgets are in tests/build/kernel_budgets.json, under each op's ``cuda``; those of shared memory are checked by
 tests/backends/test_simt.py, since only a launch tells it. A unit that has not changed since it was recorded
-(tests/nvcc_compile.py) is not compiled again, but for a sample. A new op gets a section of budgets, and a line in
+(tests/build/nvcc_compile.py) is not compiled again, but for a sample. A new op gets a section of budgets, and a line in
 ``HELPERS``.
 """
 
@@ -10,7 +10,7 @@ import json
 
 import nvcc_compile
 import pytest
-from nvcc_compile import CHIPS, CUDA, TESTS, UNITS
+from nvcc_compile import CHIPS, CUDA, UNITS
 
 pytestmark = [
     pytest.mark.skipif(isinstance(CUDA, str), reason=f"the CUDA kernels cannot be compiled here: {CUDA}"),
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 OPS = list(dict.fromkeys(unit.op for unit in UNITS))
-BUDGETS = json.loads((TESTS / "kernel_budgets.json").read_text())
+BUDGETS = json.loads(Path(__file__).with_name("kernel_budgets.json").read_text())
 # By op: kernels that multiply nothing, and so need no tensor cores.
 HELPERS = {
     "prompt_diffusion": ("reduce_kernel", "round_weights_kernel"),
@@ -35,7 +35,7 @@ HELPERS = {
         "weighted_sums_kernel",
     ),
 }
-REFRESH = "run `python tests/nvcc_compile.py`"
+REFRESH = "run `python tests/build/nvcc_compile.py`"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 import fast_prompt
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # From the ground up: a layer imports what lies below it, never what lies above.
 LAYERS = [

@@ -1,10 +1,10 @@
 """Compiles every Triton kernel just as a GPU machine would at a call, with no GPU: by Triton's own JIT, nothing run.
 
 A program of its own, since tests run with ``TRITON_INTERPRET=1``, and since Triton may be of another version
-(tests/overlays.py). A stand-in for the driver names the chip, and a launch goes no further than compilation: the ops'
+(tests/support/overlays.py). A stand-in for the driver names the chip, and a launch goes no further than compilation: the ops'
 APIs, autograd and the launchers do what they do on a GPU, and the JIT makes of the real arguments what it makes of
 them there, with numbers that become constants (1) and pointers that are missing (None). Only the front end compiles;
-what comes after it depends on tiles and chips, and is what tests/aot_compile.py is about.
+what comes after it depends on tiles and chips, and is what tests/build/aot_compile.py is about.
 
 The calls are the parity cases, with a gradient for nothing, for all that a case trains and for each of that alone. Of
 their launches as many are compiled as have, between them, every pair of arguments' kinds that any has. Writes one JSON

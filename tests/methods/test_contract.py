@@ -15,7 +15,7 @@ from fast_prompt.models.cache import CACHE_NAMES, cache_in
 from fast_prompt.models.contract import FORWARDS, NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from fast_prompt.tuning.classes import replace_forward
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[type], list[bool]]:

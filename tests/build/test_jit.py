@@ -16,13 +16,13 @@ triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.gate
 PROGRAM = Path(__file__).with_name("jit_compile.py")
-ROOT = PROGRAM.parent.parent
+ROOT = PROGRAM.parents[2]
 OLDEST = "3.6.0"  # comes with torch 2.11
 
 
 @pytest.fixture(scope="module", params=[triton.__version__, OLDEST])
 def compiled(request):
-    """What tests/jit_compile.py says, or said of the same sources."""
+    """What tests/build/jit_compile.py says, or said of the same sources."""
     kept = root() / "jit" / f"{digest(request.param)}.json"
     if not kept.exists():
         result = compile_with(request.param)

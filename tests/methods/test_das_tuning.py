@@ -5,8 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from test_das import FAMILIES, adapted, base, config, outputs, stir
-from test_dvp import VISUAL_WIDTH, features
+from cases import SKIPPING, VISUAL_WIDTH, base, features, stir
+from cases import das as config
+from test_das import adapted, outputs
 from tiny_models import build_language_model
 from torch import Tensor, nn
 
@@ -230,7 +231,7 @@ def own_parameters(block: nn.Module) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SKIPPING)
 def test_compact_drops_exactly_the_skipped_blocks(name):
     model, inputs = adapted(name, config(0))
     path = find_blocks(model)[0].path

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from test_dvp import config, features, stir
+from cases import dvp as config
+from cases import features, stir
 from tiny_models import WIDTH, build, build_language_model
 from torch import Tensor, nn
 

@@ -1,10 +1,10 @@
 """Compiles the CUDA kernels for chips that need not be here, and says what nvcc makes of each.
 
 Device code alone, one file for each direction of an op, type and chip: a unit. What came out is recorded in
-tests/cuda_usage.json beside a digest of all that it follows from (sources, headers, flags, nvcc's version), so that
+tests/build/cuda_usage.json beside a digest of all that it follows from (sources, headers, flags, nvcc's version), so that
 only what has changed is compiled again:
 
-    python tests/nvcc_compile.py     brings the record up to date
+    python tests/build/nvcc_compile.py     brings the record up to date
 
 A new op is picked up from ``build_native.CUDA_KERNELS``.
 """
@@ -23,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = Path(__file__).parent
-RECORD = TESTS / "cuda_usage.json"
-HEADERS = TESTS.parent / "csrc" / "cuda"
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).parents[2]
+RECORD = Path(__file__).with_name("cuda_usage.json")
+HEADERS = ROOT / "csrc" / "cuda"
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT)]
 import build_cache  # noqa: E402 (lies beside the tests)
 
 import build_native  # noqa: E402 (lives beside setup.py, outside the package)
@@ -78,7 +78,7 @@ def known(units):
 
 def _compilation(unit):
     """As ``build_cache`` takes it."""
-    source = TESTS.parent / unit.source
+    source = ROOT / unit.source
     flags = f"{build_native.CUDA_FLAGS} -cubin -arch={unit.chip} -I{HEADERS} -DFAST_PROMPT_ELEMENT={unit.element}"
     return [CUDA.nvcc, *flags.split(), str(source), "-o", "kernels.cubin"], [source], [HEADERS]
 
