@@ -12,8 +12,8 @@ from torch._inductor import config as inductor_config
 
 from fast_prompt.bench import OPS, Setting
 from fast_prompt.bench.runner import call
+from fast_prompt.ops.declaration import OPS as DECLARED
 from fast_prompt.parity import DTYPES, compare, evaluate
-from fast_prompt.parity.runner import OPS as REGISTERED
 from fast_prompt.tolerances import TOLERANCES
 
 inductor_config.compile_threads = 1  # its workers would start on the cores that are timed
@@ -21,7 +21,7 @@ inductor_config.compile_threads = 1  # its workers would start on the cores that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = [
     Setting(op, shape, dtype, name)
-    for op in REGISTERED
+    for op in DECLARED
     for dtype, name in (("fp32", "fwd"), ("bf16", "fwd"), ("fp32", "fwdbwd"))
     for shape in OPS[op].DEFAULT_SHAPES
 ]

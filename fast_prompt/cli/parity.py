@@ -10,6 +10,7 @@ from tqdm import tqdm
 from fast_prompt import parity
 from fast_prompt.backends import BACKENDS
 from fast_prompt.cli.output import emit_json, emit_table, note
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.tolerances import TOLERANCES
 
 EXAMPLES = """\
@@ -33,7 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", choices=list(parity.OPS), action="append", help="this op only (repeatable)")
+    parser.add_argument("--op", choices=list(OPS), action="append", help="this op only (repeatable)")
     backend_help = "this backend only, and fail if it cannot run (repeatable)"
     parser.add_argument("--backend", choices=list(BACKENDS), action="append", help=backend_help)
     parser.add_argument("--dtype", choices=list(parity.DTYPES), action="append", help="this dtype only (repeatable)")

@@ -123,10 +123,11 @@ class Plan:
         call: Call,
         form: str,
         casts: tuple[torch.dtype | None, ...],
-        numbers: tuple[Any, ...],
+        options: dict[str, Any],
         keep: list[bool],
     ) -> None:
-        self.op, self.call, self.form, self.numbers, self.keep = op, call, form, numbers, keep
+        self.op, self.call, self.form, self.options, self.keep = op, call, form, options, keep
+        self.numbers = tuple([option.number(options[option.name]) for option in op.options])
         self.casts = casts if any(casts) else None
 
     def cast(self, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -135,6 +136,10 @@ class Plan:
             return tensors
         pairs = zip(tensors, self.casts, strict=False)
         return tuple(tensor if dtype is None or tensor is None else tensor.to(dtype) for tensor, dtype in pairs)
+
+    def define(self, *tensors: Tensor | None, **more: Any) -> Tensor:
+        """What the definition makes of the op's first tensors, the options, and whatever ``more`` it takes."""
+        return self.op.definition(*self.cast(*tensors), **self.options, **more)
 
     def run(self, *tensors: Tensor | None, overwrite: bool = False) -> Tensor:
         """The backend's result for all of the op's tensors, differentiable.
@@ -181,6 +186,8 @@ class Op:
 
     Args:
         api: the function that users call, which plans and runs the op; its name is the op's.
+        definition: the same in plain PyTorch, which says what is right: of the tensors, the options by name, and a seed
+            or what else it takes.
         tensors: its tensors, in the order of all that takes them.
         options: its other arguments.
         check: raises where planned arguments, by position, do not go together; it may read no more of a tensor than
@@ -197,13 +204,14 @@ class Op:
         other_form: a form of the op's own that takes a call instead of any backend, or None.
         flops: floating-point operations of a forward, from its arguments by name, tensors as their shapes.
         flops_backward: those of a backward.
-        cases: the module of its parity cases, as ``fast_prompt.parity.prompt_diffusion`` is one; none without.
+        cases: the module of its parity cases, as ``fast_prompt.parity.prompt_diffusion`` is one.
         namespace: where it is registered, ``torch.ops.<namespace>``.
     """
 
     def __init__(
         self,
         api: Callable[..., Tensor],
+        definition: Callable[..., Tensor],
         *,
         tensors: Sequence[Argument],
         options: Sequence[Option],
@@ -213,13 +221,13 @@ class Op:
         kernels: Mapping[str, Kernels],
         flops: Callable[..., int],
         flops_backward: Callable[..., int],
+        cases: str,
         kept: Sequence[str] = (),
         keep: Callable[..., Sequence[bool]] | None = None,
         always_kept: Sequence[str] = (),
         output_saved_for: str | None = None,
         overwritten: str | None = None,
         other_form: Callable[..., str | None] | None = None,
-        cases: str | None = None,
         namespace: str = "fast_prompt",
     ) -> None:
         name = api.__name__
@@ -227,7 +235,8 @@ class Op:
             raise ValueError(f"api: expected a name that no op has, got {name!r}")
         if overwritten and kept:
             raise ValueError(f"overwritten: expected None for an op that keeps {', '.join(kept)}, got {overwritten!r}")
-        self.api, self.name, self.namespace, self.kernels = api, name, namespace, dict(kernels)
+        self.api, self.definition, self.name, self.namespace = api, definition, name, namespace
+        self.kernels = dict(kernels)
         self.tensors = tuple(tensors)
         self.options = tuple(option for option in options if option.registered)
         self.planned: tuple[Argument | Option, ...] = (*(tensor for tensor in tensors if tensor.planned), *options)
@@ -359,9 +368,9 @@ class Op:
         scalars = torch.float32 if form in BACKENDS and form != "reference" else None
         wanted = {"activation": call.dtype, "scalars": scalars}
         casts = tuple(_cast(named.get(argument.name), wanted.get(argument.role)) for argument in self.tensors)
-        numbers = tuple([option.number(named[option.name]) for option in self.options])
+        options = {option.name: named[option.name] for option in self.options}
         keep = list(self.keep(**named)) if self.keep else [True] * len(self.kept)
-        return Plan(self, call, form, casts, numbers, keep)
+        return Plan(self, call, form, casts, options, keep)
 
     def _form(self, named: dict[str, Any], call: Call) -> str:
         if any(0 in named[argument.name].shape for argument in self.tensors if not argument.optional):

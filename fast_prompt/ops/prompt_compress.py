@@ -80,8 +80,7 @@ def prompt_compress(
     if plan.form == "projected":
         return _projected(plan.cast(*tensors), num_heads, key_padding_mask)
     if plan.form == "reference":
-        options: dict[str, Any] = {"num_heads": num_heads, "key_padding_mask": key_padding_mask}
-        return reference.prompt_compress(*plan.cast(*tensors), **options, dropout_p=dropout_p, seed=seed)
+        return plan.define(*tensors, key_padding_mask=key_padding_mask, seed=seed)
     return plan.run(*tensors, key_padding_mask, seed)
 
 
@@ -250,6 +249,7 @@ def _triton_refuses(call: Call) -> str | None:
 
 PROMPT_COMPRESS = Op(
     prompt_compress,
+    reference.prompt_compress,
     tensors=(
         activation("query"),
         activation("visual"),

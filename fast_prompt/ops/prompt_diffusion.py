@@ -72,8 +72,7 @@ def prompt_diffusion(
     seed = seed_tensor(seed, dropout_p, hidden.device)
     tensors = (hidden, source, prompts, keys, log_scale)
     if plan.form == "reference":
-        options: dict[str, Any] = {"activation": activation, "row_weight": row_weight, "dropout_p": dropout_p}
-        return reference.prompt_diffusion(*plan.cast(*tensors), **options, seed=seed)
+        return plan.define(*tensors, seed=seed)
     if hidden.dim() == 3:
         return plan.run(*tensors, seed, overwrite=inplace)
     rows = (three_dimensional(hidden), three_dimensional(source))
@@ -157,6 +156,7 @@ def _triton_refuses(call: Call) -> str | None:
 
 PROMPT_DIFFUSION = Op(
     prompt_diffusion,
+    reference.prompt_diffusion,
     tensors=(
         activation("hidden", gradient_shape=lambda grad, **_: grad.shape),
         activation("source"),

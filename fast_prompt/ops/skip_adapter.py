@@ -89,8 +89,7 @@ def skip_adapter(
     chosen = _checked_route(x, down_weight, gates, kept, route)
     seed = seed_tensor(seed, dropout_p, x.device)
     if plan.form == "reference":
-        options: dict[str, Any] = {"norm": norm, "activation": activation, "residual": residual, "eps": eps}
-        return reference.skip_adapter(*plan.cast(*tensors), **options, dropout_p=dropout_p, seed=seed, route=chosen)
+        return plan.define(*tensors, seed=seed, route=chosen)
     routing = (None, None) if chosen is None else route_tensors(chosen, x.device)
     if x.dim() == 3:
         return plan.run(*tensors, *routing, seed)
@@ -325,6 +324,7 @@ def _triton_refuses(call: Call) -> str | None:
 
 SKIP_ADAPTER = Op(
     skip_adapter,
+    reference.skip_adapter,
     tensors=(
         activation("x"),
         weight("down_weight"),

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from fast_prompt import ops, reference
 from fast_prompt.backends import BACKENDS, refusals, use_backend
-from fast_prompt.ops.declaration import OPS as DECLARED
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.parity.problem import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
-# Each module has CASES, and build(case, dtype, device) that makes a Problem of one.
-OPS: dict[str, ModuleType] = {op.name: importlib.import_module(op.cases) for op in DECLARED.values() if op.cases}
+
+def cases_of(op: str) -> ModuleType:
+    """The module of an op's cases: ``CASES``, and ``build(case, dtype, device)``, which makes a ``Problem`` of one."""
+    return importlib.import_module(OPS[op].cases)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run(
     with ``torch.empty`` filled with NaN. On a GPU machine a backend is run there if it can be.
 
     Args:
-        op_names: keys of ``OPS``.
+        op_names: names of ops, one's own included once they are declared.
         backend_names: keys of ``fast_prompt.backends.BACKENDS``.
         dtype_names: keys of ``DTYPES``.
         case_names: names of cases.
@@ -77,13 +78,13 @@ def run(
         (op, dtype, case)
         for op in (op_names or OPS)
         for dtype in (dtype_names or DTYPES)
-        for case in OPS[op].CASES
+        for case in cases_of(op).CASES
         if case.applies_to(DTYPES[dtype]) and (case_names is None or case.name in case_names)
     ]
     for op, dtype, case in progress(cases):
         with _one_thread():
-            rounded = OPS[op].build(case, DTYPES[dtype], torch.device("cpu"))
-            expected = evaluate(getattr(reference, op), rounded.double())
+            rounded = cases_of(op).build(case, DTYPES[dtype], torch.device("cpu"))
+            expected = evaluate(OPS[op].definition, rounded.double())
         for backend in backend_names or BACKENDS:
             problem, reason = _problem_for(backend, op, case, DTYPES[dtype])
             if problem is None:
@@ -91,7 +92,7 @@ def run(
                 continue
             try:
                 with use_backend(backend), _poisoned_memory():
-                    errors = compare(evaluate(getattr(ops, op), problem), expected)
+                    errors = compare(evaluate(OPS[op].api, problem), expected)
             except Exception as error:  # a backend's failure, whatever it is; the other cases must still run
                 report.raised[op, backend, dtype, case.name] = f"{type(error).__name__}: {error}"
                 errors = dict.fromkeys(expected, float("inf"))
@@ -109,8 +110,8 @@ def _problem_for(backend: str, op: str, case: Any, dtype: torch.dtype) -> tuple[
     reason = ""
     for device in devices():
         with _one_thread():
-            problem = OPS[op].build(case, dtype, device)
-        declared = DECLARED[op]
+            problem = cases_of(op).build(case, dtype, device)
+        declared = OPS[op]
         call = declared.call(declared.arguments_of(**problem.tensors, **problem.options))
         reason = refusals(declared, call)[backend] or ""
         if not reason:

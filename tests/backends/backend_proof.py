@@ -7,10 +7,9 @@ import pytest
 import torch
 from simt import backend as simt
 
-from fast_prompt import ops, reference
 from fast_prompt.backends import BACKENDS, cpu, use_backend
 from fast_prompt.ops.declaration import OPS
-from fast_prompt.parity import OPS as PARITY
+from fast_prompt.parity import cases_of
 from fast_prompt.parity.problem import compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 
@@ -58,7 +57,7 @@ def ways(*backends):
 
 def build(op, case, dtype=F32, backend="cpu"):
     """A parity case's problem, where the backend runs."""
-    return PARITY[op].build(case, dtype, device_of(backend))
+    return cases_of(op).build(case, dtype, device_of(backend))
 
 
 @contextlib.contextmanager
@@ -80,7 +79,7 @@ def on(backend):
 def results(op, problem, backend, **options):
     """The output and the gradients of what is trained, by name."""
     with on(backend):
-        return evaluate(getattr(ops, op), replace(problem, options=problem.options | options))
+        return evaluate(OPS[op].api, replace(problem, options=problem.options | options))
 
 
 def errors(op, problem, backend):
@@ -90,7 +89,7 @@ def errors(op, problem, backend):
     for name, value in found.items():
         like = first if name == "forward" else problem.tensors[name]
         assert value.dtype == like.dtype and value.is_contiguous(), name
-    right = evaluate(getattr(reference, op), problem.double())
+    right = evaluate(OPS[op].definition, problem.double())
     zero = {
         name for name, value in right.items() if value.numel() and value.abs().max() < 1e-9
     }  # only rounding is left

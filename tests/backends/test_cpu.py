@@ -170,7 +170,7 @@ ROWS = ("forward", "hidden", "source", "x", "kept")  # which do not depend on th
 def test_threads(level, op, case, dtype):
     """Rows do not depend on the number of threads, and nothing of prompt_compress; sums do, as rounding does."""
     problem = build(op, case, dtype)
-    right = evaluate(getattr(reference, op), problem.double())
+    right = evaluate(OPS[op].definition, problem.double())
     first = None
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -331,7 +331,7 @@ def test_other_devices_and_dtypes_are_refused_by_name():
     for op in OPS:
         problem = build(op, type(SIZES[0][1])("") if op == "prompt_diffusion" else SMALL[op]).double()
         with use_backend("cpu"), pytest.raises(BackendError, match="not torch.float64"):
-            getattr(ops, op)(**problem.tensors, **problem.options)
+            OPS[op].api(**problem.tensors, **problem.options)
 
 
 # ---- What the registered ops refuse, whoever calls them: wrong sizes would read wild memory ----

@@ -41,7 +41,7 @@ def test_parity(backend, op, dtype):
     Interpreted ones are slow: there each case has one dtype, by turns.
     """
     cases = []
-    for number, case in enumerate(parity.OPS[op].CASES):
+    for number, case in enumerate(parity.cases_of(op).CASES):
         dtypes = [each for each in DTYPES if case.applies_to(each)]
         if dtype in ([dtypes[number % len(dtypes)]] if backend == "triton" and DEVICE == "cpu" else dtypes):
             cases.append(case.name)
@@ -111,7 +111,7 @@ def test_same_bits_twice_and_inputs_left_alone(backend, op, case, dtype):
 @every_op
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_any_strides_give_the_contiguous_result(backend, op, dtype):
-    for case in parity.OPS[op].CASES:
+    for case in parity.cases_of(op).CASES:
         if case.arrangement == "plain" or getattr(case, "form", "absorbed") != "absorbed" or not case.applies_to(dtype):
             continue
         problem = build(op, case, dtype, backend)
@@ -317,7 +317,7 @@ def test_opcheck(backend, op, case, dtype):
 
     problem = build(op, case, dtype)
     with Record(), proof.on(backend):
-        evaluate(getattr(ops, op), problem)
+        evaluate(OPS[op].api, problem)
     assert [function.name() for function, _ in seen] == [f"fast_prompt::{op}", f"fast_prompt::{op}_backward"]
     for function, call in seen:
         torch.library.opcheck(function, call)

@@ -27,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fast_prompt.ops.declaration import OPS
 from fast_prompt import ops, parity
 from fast_prompt.backends import triton as backend
 from fast_prompt.bench.contender import forced
@@ -94,8 +95,8 @@ def set_up():
 
 
 def make_calls():
-    for op, module in parity.OPS.items():
-        function = forced(getattr(ops, op), "triton")
+    for name, op in OPS.items():
+        function, module = forced(op.api, "triton"), parity.cases_of(name)
         for dtype, case in itertools.product(parity.DTYPES.values(), module.CASES):
             if case.applies_to(dtype) and getattr(case, "form", "absorbed") == "absorbed":
                 problem = module.build(case, dtype, torch.device("cpu"))

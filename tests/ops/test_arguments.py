@@ -10,6 +10,7 @@ import torch
 from fast_prompt import ops, reference
 from fast_prompt.nn import PromptCompressor, PromptDiffusion, SkipAdapter, route_block, run_adapters
 from fast_prompt.nn.adapter import BottleneckAdapter
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.tolerances import TOLERANCES, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's own prototypes
@@ -132,11 +133,11 @@ def assert_named_or_right(case, argument, value, described):
     op, tensors, options = CASES[case]
     given = tensors | options | {argument: value}
     try:
-        output = getattr(ops, op)(**given)
+        output = OPS[op].api(**given)
     except (TypeError, ValueError) as error:
         assert names(error, argument), f"{described}: {error}"
         return
-    expected = getattr(reference, op)(**{name: wide(each) for name, each in given.items()})
+    expected = OPS[op].definition(**{name: wide(each) for name, each in given.items()})
     assert output.shape == expected.shape, described
     assert not expected.numel() or relative_error(output, expected) < 1e-4, described
 
@@ -158,7 +159,7 @@ def test_another_kind_of_value_is_refused_by_name(case, argument):
         value = other(make, tensors[argument])
         if value is not tensors[argument]:
             with pytest.raises((TypeError, ValueError)) as caught:
-                getattr(ops, op)(**tensors | options | {argument: value})
+                OPS[op].api(**tensors | options | {argument: value})
             assert names(caught.value, argument), f"{described}: {caught.value}"
 
 
@@ -237,7 +238,7 @@ def test_overlapping_strides_give_the_result_of_a_copy(case, argument, overlap):
     if tensors[argument].dim():
         given = tensors | options | {argument: OVERLAPPING[overlap](tensors[argument])}
         copied = given | {argument: given[argument].contiguous()}
-        torch.testing.assert_close(getattr(ops, op)(**given), getattr(ops, op)(**copied))
+        torch.testing.assert_close(OPS[op].api(**given), OPS[op].api(**copied))
 
 
 @pytest.mark.parametrize("overlap", OVERLAPPING)

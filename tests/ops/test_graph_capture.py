@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fast_prompt import ops, parity
+from fast_prompt import parity
 from fast_prompt.backends import triton, use_backend
 from fast_prompt.bench import apt_model, das_model
 from fast_prompt.nn import SkipAdapter, route_block
 from fast_prompt.ops import routes
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.ops.seeds import seed_tensor
 
 GPU = torch.device("cuda", 0)
@@ -74,19 +75,19 @@ def test_a_copy_is_seen(fake_gpu):
 
 CASES = [
     (op, case)
-    for op, module in parity.OPS.items()
-    for case in module.CASES
+    for op in OPS
+    for case in parity.cases_of(op).CASES
     if (case.dropout_p or getattr(case, "route", None)) and getattr(case, "form", "absorbed") == "absorbed"
 ]
 
 
 @pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op}, {case.name}" for op, case in CASES])
 def test_no_op_copies_a_seed_or_a_known_route(op, case, fake_gpu):
-    problem = parity.OPS[op].build(case, torch.bfloat16, CPU)
+    problem = parity.cases_of(op).build(case, torch.bfloat16, CPU)
     assert isinstance(problem.options.get("seed", 0), int)
     with fake_gpu:
         problem = on_gpu(problem)
-        first, second = (copies_of(lambda: parity.evaluate(getattr(ops, op), problem, backward=False)) for _ in "12")
+        first, second = (copies_of(lambda: parity.evaluate(OPS[op].api, problem, backward=False)) for _ in "12")
     assert bool(first) == ("route" in problem.options) and not second
 
 

@@ -5,6 +5,7 @@ import torch
 from planted_backend import plant
 
 from fast_prompt import parity, reference
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.parity.prompt_diffusion import ARGUMENTS, CASES, build
 
 CPU = torch.device("cpu")
@@ -16,12 +17,12 @@ def run_planted(*cases):
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES)
-@pytest.mark.parametrize("op", parity.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_the_definition_itself_is_within_tolerance(op, dtype):
     """In every dtype, against itself in float64; the other backends: tests/backends."""
     report = parity.run([op], ["reference"], [dtype])
     assert report.failures == [] and report.refused == {}
-    cases = [case for case in parity.OPS[op].CASES if case.applies_to(parity.DTYPES[dtype])]
+    cases = [case for case in parity.cases_of(op).CASES if case.applies_to(parity.DTYPES[dtype])]
     assert {row.case for row in report.rows} == {case.name for case in cases}
     assert {row.what for row in report.rows} == {"forward"}.union(*(case.trained for case in cases))
 

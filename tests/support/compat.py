@@ -1,7 +1,7 @@
 """Runs the tests of the methods on other versions of transformers: the oldest supported, and the newest there is.
 
 ``python tests/support/compat.py [VERSION ...]``; a version may be ``oldest`` or ``newest``, and by default both are
-run. Each version lives in a folder of its own, with whatever else it needs in another version than this environment has.
+run. Each lives in a folder of its own, with whatever else it needs in another version than this environment has.
 """
 
 import json

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from fast_prompt import parity
 from fast_prompt.ops.declaration import OPS
 from gpu_check.machine import digest, kernel_files
 from gpu_check.place import ROOT
@@ -75,7 +74,7 @@ def _tiers(op: str, backend: str, budgets: Entry) -> list[tuple[str, str]]:
     chips = list(dict.fromkeys(chip for by_chip in budgets.get("registers", {}).values() for chip in by_chip))
     gated = f"{', '.join(chips)}: `tests/build/test_{'aot' if backend == 'triton' else 'nvcc'}.py`"
     if backend == "triton":
-        in_parity = op in parity.OPS and "triton" in OPS[op].kernels
+        in_parity = op in OPS and "triton" in OPS[op].kernels
         found = [("3, in Triton's interpreter", "any CPU: `tests/ops/test_parity.py`")] * in_parity
         return found + [("4, compiled ahead of time", gated)] * bool(chips)
     emulated = "shared_memory" in budgets

@@ -14,9 +14,10 @@ from unittest.mock import patch
 
 import torch
 
-from fast_prompt import ops, parity
+from fast_prompt import parity
 from fast_prompt.backends import use_backend
 from fast_prompt.bench import OPS as BENCHMARKS
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.parity import DTYPES, evaluate
 from gpu_check.outcome import AbsentError, Figures, StepError
 from gpu_check.place import ROOT, Place, environment_of_a_process
@@ -94,12 +95,12 @@ def _sanitizer() -> str:
 
 def small_calls(place: Place, op: str, backend: str) -> int:
     """The first parity cases in every dtype, then the tiles of large inputs; returns how many results were wrong."""
-    cases = [case.name for case in parity.OPS[op].CASES[:SMALL_CASES]]
+    cases = [case.name for case in parity.cases_of(op).CASES[:SMALL_CASES]]
     report = parity.run([op], [backend], place.dtypes, cases)
     with use_backend(backend):
         for shape in place.samples(op, SMALL_BATCH):
             problem = BENCHMARKS[op].problem(shape, DTYPES["bf16"], place.device)
-            evaluate(getattr(ops, op), problem)
+            evaluate(OPS[op].api, problem)
     if not place.dry:
         torch.cuda.synchronize()
     return len(report.failures) + len(report.refused)

@@ -5,7 +5,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fast_prompt import bench, parity
+from fast_prompt import bench
 from fast_prompt.ops.declaration import OPS
 from gpu_check import machine, proof, speed, stress
 from gpu_check.outcome import Figures
@@ -43,10 +43,7 @@ class Step(NamedTuple):
 def steps(place: Place, ops: Sequence[str] | None = None) -> list[Step]:
     """All steps in order, of these ops or of all: first what is right, then what is fast, whole models last."""
     kernels = [
-        (op, backend)
-        for op in parity.OPS
-        for backend in place.backends
-        if backend in OPS[op].kernels and op in (ops or parity.OPS)
+        (op, backend) for op in OPS for backend in place.backends if backend in OPS[op].kernels and op in (ops or OPS)
     ]
     shaped = [(op, backend) for op, backend in kernels if op in bench.OPS]
     in_cpp = [(op, backend) for op, backend in shaped if backend != "triton"]
@@ -64,7 +61,7 @@ def steps(place: Place, ops: Sequence[str] | None = None) -> list[Step]:
     ]
     table += [Step("huge", 60, partial(stress.huge, op=op, backend=backend), op, backend) for op, backend in shaped]
     timed = [op for op in bench.OPS if op in (ops or bench.OPS)]
-    single, models = ([op for op in timed if (op in parity.OPS) == wanted] for wanted in (True, False))
+    single, models = ([op for op in timed if (op in OPS) == wanted] for wanted in (True, False))
     own = place.environment
     table += [Step("cold", 150, partial(speed.cold, op=op), op, environment=own) for op in single]
     table += [Step("tuned", 150, partial(speed.tuned, op=op), op, environment=own | MAX_AUTOTUNE) for op in single]

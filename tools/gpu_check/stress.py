@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fast_prompt import bench, ops, parity, reference
+from fast_prompt import bench, parity
 from fast_prompt.backends import BACKENDS, use_backend
 from fast_prompt.bench.contender import forced
+from fast_prompt.ops.declaration import OPS
 from fast_prompt.parity import DTYPES, Problem, compare, evaluate
 from fast_prompt.tolerances import TOLERANCES
 from gpu_check.outcome import AbsentError, Figures, StepError
@@ -42,7 +43,7 @@ def graph(place: Place, op: str, backend: str, problem: Problem) -> str:
     """Forward and backward captured and replayed on new numbers. C++ is captured untried; Triton compiles first."""
     if reason := BACKENDS[backend].unavailable():  # asking loads the library, which a capture does not allow
         raise StepError(reason)
-    function = forced(getattr(ops, op), backend)
+    function = forced(OPS[op].api, backend)
     static = _scaled(problem, 1.0)
     if backend == "triton":
         evaluate(function, static)
@@ -59,10 +60,10 @@ def graph(place: Place, op: str, backend: str, problem: Problem) -> str:
 
 def graph_of_numbers(place: Place, op: str, backend: str, problem: Problem) -> str:
     """A seed and a route that come as plain numbers: known after a first call, then captured like all else."""
-    function = forced(getattr(ops, op), backend)
-    known = [case for case in parity.OPS[op].CASES if case.name in GRAPH_CASES]
+    function = forced(OPS[op].api, backend)
+    known = [case for case in parity.cases_of(op).CASES if case.name in GRAPH_CASES]
     for case in known:
-        static = parity.OPS[op].build(case, DTYPES[DTYPE], place.device)
+        static = parity.cases_of(op).build(case, DTYPES[DTYPE], place.device)
         evaluate(function, static)
         results, replay = CAPTURES[place.device.type](partial(evaluate, function, static))
         for scale in (1.0, 0.5):
@@ -75,7 +76,7 @@ def graph_of_numbers(place: Place, op: str, backend: str, problem: Problem) -> s
 
 def streams(place: Place, op: str, backend: str, problem: Problem) -> str:
     """Two streams at once give what one after the other gives, bit for bit."""
-    function = forced(getattr(ops, op), backend)
+    function = forced(OPS[op].api, backend)
     problems = [problem, _scaled(problem, 0.5)]
     expected = [evaluate(function, one) for one in problems]
     lanes = [_stream(place.device) for _ in problems]
@@ -97,21 +98,21 @@ def other_device(place: Place, op: str, backend: str, problem: Problem) -> str:
         return "one GPU"
     tensors = {name: tensor.to(others[-1]) for name, tensor in problem.tensors.items()}
     moved = replace(problem, tensors=tensors, grad=problem.grad.to(others[-1]))
-    _check(evaluate(forced(getattr(ops, op), backend), moved), moved, op)
+    _check(evaluate(forced(OPS[op].api, backend), moved), moved, op)
     return "passed"
 
 
 def compiled(place: Place, op: str, backend: str, problem: Problem) -> str:
     """``torch.compile`` takes it whole, forward and backward."""
     with use_backend(backend):
-        function = torch.compile(getattr(ops, op), fullgraph=True, **place.compile_options)
+        function = torch.compile(OPS[op].api, fullgraph=True, **place.compile_options)
         _check(evaluate(function, problem), problem, op)
     return "passed"
 
 
 def same_bits(place: Place, op: str, backend: str, problem: Problem) -> str:
     """The same call twice gives the same bits, gradients included."""
-    function = forced(getattr(ops, op), backend)
+    function = forced(OPS[op].api, backend)
     _check_same_bits(evaluate(function, problem), evaluate(function, problem))
     return "passed"
 
@@ -143,10 +144,10 @@ def huge(place: Place, figures: Figures, op: str, backend: str) -> None:
     tensors = {name: one if name in parameters else repeated(one) for name, one in small.tensors.items()}
     try:
         problem = replace(small, tensors=tensors, grad=repeated(small.grad))
-        results = evaluate(forced(getattr(ops, op), backend), problem)
+        results = evaluate(forced(OPS[op].api, backend), problem)
     except torch.OutOfMemoryError as error:
         raise AbsentError(f"there is too little memory for {times * largest} elements: {error}") from None
-    expected = evaluate(getattr(reference, op), small.double())
+    expected = evaluate(OPS[op].definition, small.double())
     ends = {"first": slice(0, SAMPLES), "last": slice(-len(small.grad), None)}
     for where, end in ends.items():
         _compare(
@@ -165,7 +166,7 @@ def _scaled(problem: Problem, scale: float) -> Problem:
 
 
 def _check(results: Results, problem: Problem, op: str) -> None:
-    _compare(results, evaluate(getattr(reference, op), problem.double()))
+    _compare(results, evaluate(OPS[op].definition, problem.double()))
 
 
 def _compare(results: Results, expected: Results) -> None:
