@@ -90,5 +90,5 @@ def test_bad_arguments_are_named(toy):
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             toy.gated_add(*given)
-    with pytest.raises(ValueError, match="activation: expected one of sigmoid, tanh"):
+    with pytest.raises(ValueError, match="activation: expected one of 'sigmoid', 'tanh'"):
         toy.gated_add(hidden, update, gate, activation="relu")

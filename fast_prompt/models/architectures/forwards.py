@@ -100,10 +100,29 @@ def has_parallel(block: Any) -> bool:
     return adapters is not None and adapters.in_use() is not None
 
 
-def pre_norm(forward: Replacement, sublayers: Sublayers) -> dict[str, Any]:
-    """Fields of ``Blocks`` for pre-norm blocks, whose forward is replaced whole by ``forward``."""
+def pre_norm(sublayers: Sublayers, forward: Replacement | None = None) -> dict[str, Any]:
+    """Fields of ``Blocks`` for pre-norm blocks, whose forward is replaced whole.
+
+    Args:
+        sublayers: what computes the sublayers of a kept block, each beside its adapter.
+        forward: what replaces the block's forward, if that gives more than the hidden states.
+    """
+    forward = forward or pre_norm_forward(sublayers)
     return {
         "skip": Place("", SKIP_CHILD, forward),
         "kept": tuple(Place("", child, forward) for child in (ATTENTION_CHILD, MLP_CHILD)),
         "sublayers": sublayers,
     }
+
+
+def pre_norm_forward(sublayers: Sublayers) -> Replacement:
+    """The forward of a pre-norm block that returns its hidden states alone."""
+
+    def block_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Tensor, **kwargs: Any) -> Any:
+        adapter = adapter_in_place(self)
+        if adapter is not None:
+            return adapter.replace(hidden_states, kwargs.get("attention_mask"))
+        run = sublayers if has_parallel(self) else forward
+        return run(self, hidden_states=hidden_states, **kwargs)
+
+    return block_forward

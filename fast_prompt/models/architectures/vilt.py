@@ -93,7 +93,7 @@ VILT = Architecture(
         classes=("ViltLayer",),
         norm="layernorm_before",
         outputs=("attention.output.dense", "output.dense"),
-        **pre_norm(block_forward, sublayers),
+        **pre_norm(sublayers, block_forward),
     ),
     counted=Counted(
         config="ViltConfig",

@@ -1,24 +1,13 @@
 """ViT."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from fast_prompt.models.architectures.architecture import Architecture, Blocks
-from fast_prompt.models.architectures.forwards import ATTENTION_CHILD, MLP_CHILD, has_parallel, pre_norm
+from fast_prompt.models.architectures.forwards import ATTENTION_CHILD, MLP_CHILD, pre_norm
 from fast_prompt.models.architectures.parameters import MASKED
-from fast_prompt.models.skip import adapter_in_place
 from fast_prompt.tuning.adapters import at_site
-
-
-def block_forward(self: Any, forward: Callable[..., Tensor], *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """The forward of a block, pre-norm."""
-    adapter = adapter_in_place(self)
-    if adapter is not None:
-        return adapter.replace(hidden_states, kwargs.get("attention_mask"))
-    run = sublayers if has_parallel(self) else forward
-    return run(self, hidden_states=hidden_states, **kwargs)
 
 
 def sublayers(self: Any, *, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -38,6 +27,6 @@ VIT = Architecture(
         classes=("ViTLayer",),
         norm="layernorm_before",
         outputs=("attention.o_proj", "mlp.fc2"),
-        **pre_norm(block_forward, sublayers),
+        **pre_norm(sublayers),
     ),
 )
