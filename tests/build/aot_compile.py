@@ -144,6 +144,12 @@ def results(chosen, known):
         return [known[key] if key in known else next(compiled) for key in keys]
 
 
+def words(variant):
+    """A variant's ``__str__``: chip, budget, and the names of the flags that are set."""
+    flags = [name for name, value in variant._asdict().items() if value is True]
+    return " ".join([variant.arch, variant.budget, *flags])
+
+
 def label(case):
     op, variant = case
     return f"{op} {variant}"

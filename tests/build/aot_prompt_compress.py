@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from aot_compile import ARCHS, DTYPES
+from aot_compile import ARCHS, DTYPES, words
 from fast_prompt_kernels import prompt_compress, prompt_compress_backward
 
 kernels = SimpleNamespace(**(vars(prompt_compress) | vars(prompt_compress_backward)))
@@ -41,9 +41,7 @@ class Variant(NamedTuple):
     wide_weights: bool = False
     narrow: bool = False
 
-    def __str__(self):
-        flags = [name for name, value in self._asdict().items() if value is True]
-        return " ".join([self.arch, self.budget, *flags])
+    __str__ = words
 
     @property
     def budget(self):

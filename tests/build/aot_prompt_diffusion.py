@@ -7,7 +7,7 @@ softmax with dropout and float32 weights; at the default p the plain case and th
 from typing import NamedTuple
 
 import torch
-from aot_compile import ARCHS, DTYPES
+from aot_compile import ARCHS, DTYPES, words
 from fast_prompt_kernels import prompt_diffusion as kernels
 
 ROW_KERNELS = ("forward_kernel", "coefficients_kernel")
@@ -32,9 +32,7 @@ class Variant(NamedTuple):
     wide_weights: bool = False
     narrow: bool = False
 
-    def __str__(self):
-        flags = [name for name, value in self._asdict().items() if value is True]
-        return " ".join([self.arch, self.budget, *flags])
+    __str__ = words
 
     @property
     def budget(self):

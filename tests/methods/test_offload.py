@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import LLAMA, TEXT, snapshot, stir, text_inputs
+from tiny_models import LLAMA, TEXT, adapt, snapshot, text_inputs
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaModel
 
@@ -54,13 +54,6 @@ def offloaded(checkpoint, tmp_path) -> Callable[..., nn.Module]:
         return BertForSequenceClassification.from_pretrained(checkpoint, **options).eval()
 
     return load
-
-
-def adapt(model: nn.Module, config: object) -> nn.Module:
-    torch.manual_seed(1)
-    get_fast_prompt_model(model, config)
-    stir(model)
-    return model
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import assert_same, build_language_model, snapshot, stir
+from tiny_models import adapt, assert_same, build_language_model, snapshot, stir
 from torch import Tensor, nn
 
 from fast_prompt.methods import APTConfig, DASConfig, DVPConfig
@@ -37,13 +37,6 @@ def accelerator():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def adapt(model: nn.Module, config: object) -> nn.Module:
-    torch.manual_seed(1)
-    get_fast_prompt_model(model, config)
-    stir(model)
-    return model
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from compiled import assert_compiles_to_one_graph
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast_prompt
@@ -291,14 +292,7 @@ def test_compiles_to_one_graph(dropout_p, compiler):
         return ops.prompt_diffusion(*tensors, dropout_p=dropout_p, seed=9).square().sum()
 
     inputs = arguments()
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    for name, reason in ops.explain("prompt_diffusion", *inputs).reasons.items():
-        if reason is None and name not in ("triton", "simt", "reference" if compiler == "inductor" else ""):
-            with fast_prompt.use_backend(name):
-                expected = torch.autograd.grad(step(*inputs), inputs)
-                actual = torch.autograd.grad(compiled(*inputs), inputs)
-            for a, b in zip(actual, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_compiles_to_one_graph(step, inputs, compiler, ops.explain("prompt_diffusion", *inputs))
 
 
 @needs_cpu_backend

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import together
-from safetensors.torch import load_file, save_file
-from test_search import Questions, tiny_bert
+from safetensors.torch import save_file
+from test_search import Questions, assert_goes_on_as, tiny_bert
 from tiny_models import TEXT
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -149,12 +149,7 @@ def test_search_interrupted_ends_the_same(tmp_path, stop):
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "parts", model, reward=interrupted).run()
     assert type(model) is BertForSequenceClassification
-    again = search(tmp_path / "parts", model)
-    again.run()
-    assert torch.equal(again.history, whole.history)
-    files = [load_file(tmp_path / part / "search.safetensors") for part in ("whole", "parts")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert_goes_on_as(whole, search(tmp_path / "parts", model), tmp_path)
 
 
 def test_the_seed_decides_everything():

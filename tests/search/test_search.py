@@ -269,6 +269,15 @@ def minus_loss(output, batch):
     return -output.loss.item()
 
 
+def assert_goes_on_as(whole, again, folder):
+    """A search that was interrupted ends as the one that was not: history and checkpoint, of "parts" and "whole"."""
+    again.run()
+    assert torch.equal(again.history, whole.history)
+    files = [load_file(folder / part / "search.safetensors") for part in ("whole", "parts")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
 def search(directory=None, model=None, reward=minus_loss, **changed):
     model = model or tiny_bert()
     return DVPSearch(model, CONFIG, Questions(), settings(**changed), reward=reward, directory=directory)
@@ -353,12 +362,7 @@ def test_search_interrupted_at_any_step_ends_the_same(tmp_path, stop):
         first.run()
     assert type(model) is BertModel
     torch.manual_seed(99)  # what else has been drawn must not matter
-    again = search(tmp_path / "parts", model)
-    again.run()
-    assert torch.equal(again.history, whole.history)
-    files = [load_file(tmp_path / part / "search.safetensors") for part in ("whole", "parts")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert_goes_on_as(whole, search(tmp_path / "parts", model), tmp_path)
 
 
 @pytest.mark.parametrize("stop", [0, 4])

@@ -26,6 +26,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from fast_prompt import get_fast_prompt_model
+
 WIDTH = 32
 SIZES: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -160,6 +162,14 @@ def stir(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if ".fast_prompt." in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapt(model: nn.Module, config: Any) -> nn.Module:
+    """The model with an adapter, the same whenever it is asked for."""
+    torch.manual_seed(1)
+    get_fast_prompt_model(model, config)
+    stir(model)
+    return model
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
