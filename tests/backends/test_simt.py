@@ -163,7 +163,7 @@ def test_shared_memory_within_budget(op, name):
     leaves, used = problem.leaves(), {}
     with proof.on("simt"):
         simt.configure(most_shared_bytes=0)
-        output = getattr(proof.ops, op)(**leaves, **problem.options)
+        output = OPS[op].api(**leaves, **problem.options)
         used["forward"] = simt.most_shared_bytes(op)
         simt.configure(most_shared_bytes=0)
         torch.autograd.grad(output, [leaves[name] for name in problem.trained], problem.grad)
