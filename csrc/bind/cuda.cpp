@@ -38,7 +38,7 @@ struct Cuda : CudaKernels {
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
       void* stream = nullptr;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream));
-      const char* const error = launcher(problem, results, cuda::Runtime{stream, this, allocate});
+      const char* const error = launcher(problem, results, cuda::Runtime{device.index(), stream, this, allocate});
       STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
     }
   };

@@ -1,4 +1,4 @@
-// Launching kernels: what the current device has, scratch memory, callers' matrices as the kernels see them, and the
+// Launching kernels: what a device has, scratch memory, callers' matrices as the kernels see them, and the
 // first error of several launches.
 
 #pragma once
@@ -14,17 +14,25 @@
 
 namespace fast_prompt::cuda {
 
-// The current device.
 struct Device {
   int multiprocessors = 0, shared_bytes = 0;  // shared memory that one block may ask for
 
-  Device() {
-    int device = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  // Of the caller's index: this library's own CUDA runtime need not know which device torch has made the current one.
+  explicit Device(const Runtime& runtime) {
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, runtime.device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, runtime.device);
   }
 };
+
+// Into how many parts, `most` at most, to split what `blocks` blocks do, of which `slots` run at a time: one round of
+// blocks, or two where that leaves clearly fewer slots idle. A last round of a few blocks would cost as much as a full
+// one.
+inline int64_t count_splits(int64_t blocks, int64_t slots, int64_t most) {
+  const int64_t once = std::clamp(slots / blocks, int64_t{1}, most);
+  const int64_t twice = std::clamp(2 * slots / blocks, int64_t{1}, most);
+  const auto time = [=](int64_t splits) { return static_cast<double>(ceil_div(blocks * splits, slots)) / splits; };
+  return time(twice) < 0.9 * time(once) ? twice : once;
+}
 
 template <class E>
 E* allocate(const Runtime& runtime, int64_t count) {

@@ -61,6 +61,7 @@ class PromptCompressCall {
   PromptCompressCall(const PromptCompress& given, const Runtime& runtime)
       : given(given),
         runtime(runtime),
+        device(runtime),
         launches(runtime.stream),
         rows(given.heads * given.queries),
         row_count(given.batch * rows),

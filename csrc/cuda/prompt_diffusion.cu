@@ -55,7 +55,7 @@ constexpr Choice<ForwardLaunch> FORWARDS[] = {FORWARD<Wide16>,  FORWARD<Small64>
 
 const char* forward(const PromptDiffusion& given, const PromptDiffusionResults& results, const Runtime& runtime) {
   T* const output = data_of<T>(results.output);
-  const Device device;
+  const Device device(runtime);
   Launches launches(runtime.stream);
   Problem<T> problem = describe(given, false, runtime, launches);
   problem.aligned = problem.aligned && reinterpret_cast<uintptr_t>(output) % PIECE_BYTES == 0;

@@ -23,7 +23,7 @@ constexpr Choice<RowsLaunch> BACKWARD = {L::ROWS, L::COLUMNS, L::template shared
 constexpr Choice<RowsLaunch> BACKWARDS[] = {BACKWARD<Wide16>, BACKWARD<Small64>, BACKWARD<Both64>,
                                             BACKWARD<Both208>, BACKWARD<Small256>};
 
-// dP and dK: as many splits of the rows as give every multiprocessor two blocks.
+// dP and dK, of which every multiprocessor runs two blocks at a time.
 template <class L>
 void launch_weight_gradients(WeightGradients<T>& all, int wanted, int64_t splits_of, Launches& launches) {
   const int64_t chunks = ceil_div(all.width, CHUNK<T>), tiles = ceil_div(all.num_prompts, L::PROMPTS) * chunks;
@@ -36,10 +36,10 @@ using Weights16 = WeightLayout<T, 1, 4, 1>;
 using Weights64 = WeightLayout<T, 4, 1, 1>;
 using Weights128 = WeightLayout<T, 4, 2, 2>;
 
-int64_t count_splits(const WeightGradients<T>& all, int wanted, const Device& device) {
+int64_t splits_of_rows(const WeightGradients<T>& all, int wanted, const Device& device) {
   const int64_t prompts = all.num_prompts <= 16 ? 16 : all.num_prompts <= 64 ? 64 : 128;
   const int64_t tiles = ceil_div(all.num_prompts, prompts) * ceil_div(all.width, CHUNK<T>) * wanted;
-  return std::min(ceil_div(all.rows, SPLIT_STEP), ceil_div(2 * device.multiprocessors, tiles));
+  return count_splits(tiles, 2 * device.multiprocessors, ceil_div(all.rows, SPLIT_STEP));
 }
 
 template <class W>
@@ -65,7 +65,7 @@ void reduce(const WeightGradients<T>& all, void* const (&results)[2], int wanted
 
 const char* prompt_diffusion_backward(const PromptDiffusion& given, const PromptDiffusionGradients& gradients,
                                       const Runtime& runtime) {
-  const Device device;
+  const Device device(runtime);
   Launches launches(runtime.stream);
   Problem<T> problem = describe(given, true, runtime, launches);
   const auto* choice = choose(BACKWARDS, problem.rows, problem.num_prompts, device);
@@ -112,7 +112,7 @@ const char* prompt_diffusion_backward(const PromptDiffusion& given, const Prompt
   weights.aligned = problem.aligned;
   int64_t splits = 0;
   if (wanted) {
-    splits = count_splits(weights, wanted, device);
+    splits = splits_of_rows(weights, wanted, device);
     weights.split_rows = ceil_div(ceil_div(problem.rows, splits), SPLIT_STEP) * SPLIT_STEP;
     splits = ceil_div(problem.rows, weights.split_rows);
     for (int i = 0; i < wanted; ++i)

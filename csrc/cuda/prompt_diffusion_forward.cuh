@@ -62,17 +62,25 @@ class ForwardTiles {
   }
 };
 
-// Softmax over several blocks of prompts: brings the coefficients of the earlier ones to the last shift.
+// Whether ReLU's activations, which have no bound, need a unit for each row to be stored as T: beyond float16's largest
+// number they would be infinite.
+template <class T>
+constexpr bool HAS_UNITS = std::is_same<T, __half>::value;
+
+// Several blocks of prompts: brings the coefficients of the earlier ones to the last block's shift (softmax), or unit.
 template <class T, class L>
-__device__ inline void align_shifts(T* coefficients, int pitch, int blocks, const float* shifts) {
+__device__ inline void align_blocks(T* coefficients, int pitch, int blocks, bool softmax, const float* references) {
   __syncthreads();
   const int columns = (blocks - 1) * L::COLUMNS;
   for (int i = threadIdx.x; i < L::ROWS * columns; i += L::THREADS) {
     const int row = i / columns, column = i % columns;
-    const float* shift = shifts + row;
+    const float* reference = references + row;
     T& coefficient = coefficients[row * pitch + column];
-    assign(coefficient,
-           to_float(coefficient) * expf(shift[column / L::COLUMNS * L::ROWS] - shift[(blocks - 1) * L::ROWS]));
+    const auto ratio = [softmax](float own, float last) {
+      return HAS_UNITS<T> && !softmax ? own / last : expf(own - last);
+    };
+    assign(coefficient, to_float(coefficient) * ratio(reference[column / L::COLUMNS * L::ROWS],
+                                                      reference[(blocks - 1) * L::ROWS]));
   }
 }
 
@@ -85,7 +93,7 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
   T* const stages = reinterpret_cast<T*>(ptx::dynamic_shared());
   T* const coefficients = stages + L::STAGES * L::template STAGE<T>;
   float* const exchange = reinterpret_cast<float*>(coefficients + L::ROWS * pitch);
-  float* const shifts = exchange + 3 * L::ROW_EXCHANGE;
+  float* const references = exchange + 3 * L::ROW_EXCHANGE;  // of each block and row, the shift or the unit
   T* const warp_coefficients = coefficients + place.first_row * pitch;
   constexpr int WARP_CHUNK = CHUNK<T> / L::COLUMN_WARPS;  // columns of a chunk of Y that a warp computes
   const int warp_column = place.column_warp * WARP_CHUNK;
@@ -95,6 +103,7 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
   for (int64_t first_row = int64_t{blockIdx.x} * L::ROWS; first_row < problem.rows;
        first_row += int64_t{gridDim.x} * L::ROWS) {
     RowState<L> state;
+    [[maybe_unused]] const auto unit = [&](int slot) { return problem.softmax ? 1 : unit_of(state.largest[slot]); };
     for (int block = 0; block < blocks; ++block) {
       Sums<L::M, L::N> scores;
       for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -108,17 +117,25 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS)
       if (problem.softmax) shift_to_largest<L>(scores, state, place, exchange);
       activate<L>(problem, scores, state, first_row, first_prompt, place);
       remember<L>(problem, scores, state, place, exchange + L::ROW_EXCHANGE, exchange + 2 * L::ROW_EXCHANGE);
-      for_each_score<L>(scores, place, [](float& activation, int, int) { activation = kept(activation); });
+      for_each_score<L>(scores, place, [&](float& activation, int slot, int) {
+        activation = kept(activation);
+        if constexpr (HAS_UNITS<T>) activation *= 1 / unit(slot);
+      });
       write_sums(scores, place.pair, place.group, warp_coefficients + first_prompt + place.first_column, pitch);
       if (place.column_warp == 0 && place.pair == 0)
-        for (int slot = 0; slot < L::SLOTS; ++slot) shifts[block * L::ROWS + place.row(slot)] = state.shift[slot];
+        for (int slot = 0; slot < L::SLOTS; ++slot)
+          references[block * L::ROWS + place.row(slot)] =
+              HAS_UNITS<T> && !problem.softmax ? unit(slot) : state.shift[slot];
     }
-    if (problem.softmax && blocks > 1) align_shifts<T, L>(coefficients, pitch, blocks, shifts);
+    if ((problem.softmax || HAS_UNITS<T>) && blocks > 1)
+      align_blocks<T, L>(coefficients, pitch, blocks, problem.softmax, references);
 
     float factor[L::SLOTS];
 #pragma unroll
     for (int slot = 0; slot < L::SLOTS; ++slot)
       factor[slot] = row_factor<L>(problem, state, slot, scale) * normalizer<L>(problem, state, slot);
+    if constexpr (HAS_UNITS<T>)
+      for (int slot = 0; slot < L::SLOTS; ++slot) factor[slot] *= unit(slot);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Sums<L::M, WARP_CHUNK / 8> sums;
       T* rows = nullptr;

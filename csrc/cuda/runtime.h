@@ -9,6 +9,7 @@ namespace fast_prompt::cuda {
 struct Runtime {
   typedef const char* Status;  // null, or what is wrong
 
+  int device;  // its index
   void* stream;
   void* context;
   // Memory that lives until the stream has passed it.

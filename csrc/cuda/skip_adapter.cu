@@ -72,7 +72,7 @@ constexpr Choice<RowResults<T>> FORWARDS[] = {FORWARD<Resident>, FORWARD<Streame
 // ---- A call ----
 
 SkipAdapterCall::SkipAdapterCall(const SkipAdapter& given, const Runtime& runtime)
-    : given(given), runtime(runtime), launches(runtime.stream) {
+    : given(given), runtime(runtime), device(runtime), launches(runtime.stream) {
   const bool apart = given.gates || given.route;
   problem.x = matrix<T>(given.x);
   problem.rows = given.batch * given.tokens;

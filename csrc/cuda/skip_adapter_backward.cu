@@ -128,7 +128,7 @@ class Backward : SkipAdapterCall {
   const float* sum_parts(const float* parts, int64_t count, int columns) {
     if (!parts) return nullptr;
     float* const sums = scratch<float>(samples * columns);
-    launches.add(sum_parts_kernel, dim3(blocks_of(columns, 32), static_cast<unsigned>(samples)), SUM_THREADS,
+    launches.add(sum_parts_kernel, dim3(static_cast<unsigned>(samples), blocks_of(columns, 32)), SUM_THREADS,
                  SUM_THREADS * sizeof(float), parts, count, columns, given.route, sums);
     return sums;
   }
@@ -219,8 +219,8 @@ class Backward : SkipAdapterCall {
                  SUM_THREADS * sizeof(float), pass, down);
   }
 
-  // Allocates the parts and computes them; returns how many splits of the rows there are: as many as give every
-  // multiprocessor two blocks.
+  // Allocates the parts and computes them; returns how many splits of the rows there are. Every multiprocessor runs two
+  // blocks at a time.
   int multiply_rows(WeightGradients<T>& all) {
     int64_t depth = 0, tiles = 0;
     for (int i = 0; i < all.tasks; ++i) depth = std::max(depth, int64_t{all.wanted[i].depth});
@@ -232,8 +232,7 @@ class Backward : SkipAdapterCall {
     }
     const int64_t steps = samples * ceil_div(all.sample_rows, SPLIT_STEP);
     const int64_t blocks = tiles * all.tasks * parallel_adapters;
-    const int64_t wanted_splits = std::min(steps, ceil_div(2 * device.multiprocessors, blocks));
-    all.split_steps = ceil_div(steps, wanted_splits);
+    all.split_steps = ceil_div(steps, count_splits(blocks, 2 * device.multiprocessors, steps));
     const int64_t splits = ceil_div(steps, all.split_steps);
     for (int i = 0; i < all.tasks; ++i)
       all.wanted[i].parts = scratch<float>(parallel_adapters * splits * all.wanted[i].depth * all.width);

@@ -174,12 +174,12 @@ struct SumPlace {
   }
 };
 
-// sums [samples, columns] of parts [samples, count, columns]. Grid: x the columns, y the samples.
+// sums [samples, columns] of parts [samples, count, columns]. Grid: x the samples, which may be many, y the columns.
 __global__ void __launch_bounds__(SUM_THREADS)
     sum_parts_kernel(const float* parts, int64_t count, int columns, const int64_t* route, float* sums) {
   const SumPlace place;
-  const int64_t sample = blockIdx.y;
-  const int column = blockIdx.x * 32 + place.column;
+  const int64_t sample = blockIdx.x;
+  const int column = blockIdx.y * 32 + place.column;
   if (route && route[sample] < 0) return;
   float sum = 0;
   if (column < columns)

@@ -302,14 +302,21 @@ def _products(
 # CUDA: a row's hidden layer, once for each expert, stays on chip; in bytes, and where there is little shared memory.
 _MOST_HIDDEN_BYTES, _MOST_HIDDEN_BYTES_SMALL = 6144, 2560
 _MOST_WIDTH = 768  # Triton: a row's hidden layer stays on chip
-_MOST_ITEMS = 65535  # Triton: of a launch grid's third dimension
+_MOST_ITEMS = 65535  # of a launch grid's second or third dimension; CUDA takes two gradients of each adapter at once
+
+
+def _refuses_items(call: Call, most: int) -> str | None:
+    items = max(call.sizes["num_adapters"], call.sizes["num_experts"])
+    return f"takes up to {most} adapters or experts, not {items}" if items > most else None
 
 
 def _cuda_refuses(call: Call) -> str | None:
     columns = call.sizes["adapter_width"] * max(1, call.sizes["num_experts"])
     small = cuda.has_little_shared_memory(call.device)
     most = (_MOST_HIDDEN_BYTES_SMALL if small else _MOST_HIDDEN_BYTES) // call.dtype.itemsize
-    return f"takes adapters up to {most} columns wide, over all experts, not {columns}" if columns > most else None
+    if columns > most:
+        return f"takes adapters up to {most} columns wide, over all experts, not {columns}"
+    return _refuses_items(call, _MOST_ITEMS // 2)
 
 
 def _triton_refuses(call: Call) -> str | None:
@@ -318,8 +325,7 @@ def _triton_refuses(call: Call) -> str | None:
         return f"takes hidden layers of up to {_MOST_WIDTH}, not {adapter_width}"
     if max(call.sizes["num_experts"], 1) * adapter_width * width >= 2**31:
         return f"takes an adapter's weights of fewer than 2**31 elements, not width {width}"
-    items = max(call.sizes["num_adapters"], call.sizes["num_experts"])
-    return f"takes up to {_MOST_ITEMS} adapters or experts, not {items}" if items > _MOST_ITEMS else None
+    return _refuses_items(call, _MOST_ITEMS)
 
 
 SKIP_ADAPTER = Op(

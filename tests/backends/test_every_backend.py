@@ -203,6 +203,19 @@ def test_float16_gradients_of_any_size_keep_their_precision(backend, op, case, f
 
 
 @on_every
+@pytest.mark.parametrize("p", [24, 300])
+def test_activations_beyond_float16s_largest_number(backend, p):
+    """ReLU has no bound; what they are multiplied by brings them back."""
+    case = DiffusionCase("", (1, 21), 64, p, row_weight="none", trained=("source", "prompts"))
+    problem = build("prompt_diffusion", case, F16, backend)
+    tensors = problem.tensors
+    large = {"source": tensors["source"] * 300, "keys": tensors["keys"] * 300, "prompts": tensors["prompts"] * 2e-5}
+    problem = changed(problem, **large)
+    assert (large["source"].float() @ large["keys"].float().T).max() > 2 * torch.finfo(F16).max
+    assert proof.errors("prompt_diffusion", problem, backend)["forward"] <= 1
+
+
+@on_every
 @pytest.mark.parametrize(("width", "hidden"), [(67, 9), (96, 32)])
 @pytest.mark.parametrize("norm", ["layer", "layer_after"])
 def test_a_row_of_one_value_is_normed_to_the_norms_bias(backend, norm, width, hidden):

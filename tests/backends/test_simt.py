@@ -174,6 +174,19 @@ def test_shared_memory_within_budget(op, name):
     assert all(0 < used[direction] <= budget[direction] for direction in used), used
 
 
+def test_there_may_be_more_samples_than_a_grids_second_dimension_has():
+    case = SkipCase("", (20, 3), 40, 12, 2, route=(0, 1) * 10)
+    problem = build("skip_adapter", case, F32)
+    simt.configure(**simt.H100, **simt.ORDERS["forward"])
+    right = results("skip_adapter", problem, "simt")
+    simt.configure(most_blocks=16)
+    try:
+        found = results("skip_adapter", problem, "simt")
+    finally:
+        simt.configure(most_blocks=65535)
+    assert all(torch.equal(found[name], right[name]) for name in right)
+
+
 # ---- Planted bugs: what they would do to a GPU, the emulator must show ----
 
 PLANTED = {
@@ -201,9 +214,15 @@ PLANTED = {
         ),
         "barrier_that_only_some_warps_reach": (
             "prompt_diffusion_forward.cuh",
-            "    if (problem.softmax && blocks > 1) align_shifts",
-            "    if (threadIdx.x < 32) __syncthreads();\n    if (problem.softmax && blocks > 1) align_shifts",
+            "    if ((problem.softmax || HAS_UNITS<T>) && blocks > 1)",
+            "    if (threadIdx.x < 32) __syncthreads();\n    if ((problem.softmax || HAS_UNITS<T>) && blocks > 1)",
         ),
+        "shared_memory_that_is_not_asked_for": (
+            "launch.cuh",
+            "shared_bytes > WITHOUT_ASKING",
+            "shared_bytes > 10 * WITHOUT_ASKING",
+        ),
+        "launch_on_the_default_stream": ("launch.cuh", "config.stream = stream;", "config.stream = nullptr;"),
         "store_beyond_the_last_row": (
             "tile.cuh",
             "const int left = first_row + row < rows ? width - first_column - column : 0;",

@@ -7,6 +7,7 @@ tests/backends/test_simt.py, since only a launch tells it. A unit that has not c
 """
 
 import json
+from pathlib import Path
 
 import nvcc_compile
 import pytest

@@ -6,6 +6,7 @@
 
 #include "bind/library.h"
 #include "cuda/runtime.h"
+#include "simt.h"
 
 namespace fast_prompt {
 namespace {
@@ -50,7 +51,7 @@ struct Simt {
 
     template <class Launcher, class Problem, class Results>
     void run(Launcher* launcher, const Problem& problem, const Results& results) {
-      const char* const error = launcher(problem, results, cuda::Runtime{nullptr, this, allocate});
+      const char* const error = launcher(problem, results, cuda::Runtime{0, simt::callers_stream(), this, allocate});
       STD_TORCH_CHECK(error == nullptr, error);
       for (const Tensor& whole : guarded)
         STD_TORCH_CHECK(is_poison(whole, 0, MARGIN) && is_poison(whole, whole.numel() - MARGIN, whole.numel()),

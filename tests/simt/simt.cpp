@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -217,9 +218,27 @@ Settings& settings() {
   return settings;
 }
 
+std::map<const void*, size_t>& allowed_shared() {
+  static std::map<const void*, size_t> allowed;
+  return allowed;
+}
+
+void allow_shared(const void* kernel, int bytes) { allowed_shared()[kernel] = bytes; }
+
+void check_launch(const void* kernel, Dim3 grid, int threads, size_t shared_bytes, const void* stream) {
+  const auto check = [](bool holds, const char* message) {
+    if (!holds) throw std::runtime_error(message);
+  };
+  const unsigned most = settings().most_blocks;
+  check(threads > 0 && threads % WARP == 0 && threads <= 1024, "a block is made of 1 to 32 whole warps");
+  check(grid.x > 0 && grid.y > 0 && grid.z > 0, "a grid without blocks");
+  check(grid.x <= 0x7FFFFFFF && grid.y <= most && grid.z <= most, "a grid of more blocks than there may be");
+  check(shared_bytes <= static_cast<size_t>(settings().shared_bytes), "too much shared memory");
+  check(shared_bytes <= std::max(size_t{48} << 10, allowed_shared()[kernel]), "shared memory that was not asked for");
+  check(stream == callers_stream(), "a launch that is not on the caller's stream");
+}
+
 void run(Dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (threads % WARP != 0 || threads > 1024) throw std::runtime_error("a block is made of 1 to 32 whole warps");
-  if (shared_bytes > static_cast<size_t>(settings().shared_bytes)) throw std::runtime_error("too much shared memory");
   settings().most_shared_bytes = std::max(settings().most_shared_bytes, static_cast<int>(shared_bytes));
   grid_size = grid;
   block.count = threads;
@@ -304,5 +323,6 @@ extern "C" int* simt_setting(const char* name) {
   if (wanted == "late_copies") return &all.late_copies;
   if (wanted == "multiprocessors") return &all.multiprocessors;
   if (wanted == "shared_bytes") return &all.shared_bytes;
+  if (wanted == "most_blocks") return &all.most_blocks;
   return wanted == "most_shared_bytes" ? &all.most_shared_bytes : nullptr;
 }

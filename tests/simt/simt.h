@@ -21,6 +21,7 @@ struct Settings {
   int late_copies = 1;       // cp.async moves data when it is waited for; else at once. A real one: any time between.
   int multiprocessors = 2;
   int shared_bytes = 227 << 10;
+  int most_blocks = 65535;    // of a grid's second and third dimension
   int most_shared_bytes = 0;  // that a launch has asked for; counted up by launches
 };
 Settings& settings();
@@ -29,6 +30,15 @@ struct Dim3 {
   unsigned x, y, z;
   constexpr Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+
+// The stream that the binding gives its launches: one on another would not wait for what the caller has launched.
+inline void* callers_stream() { return reinterpret_cast<void*>(0x51); }
+
+// A kernel may then have up to `bytes` of shared memory; without, 48 KiB.
+void allow_shared(const void* kernel, int bytes);
+
+// Throws std::runtime_error where CUDA would refuse a launch, or it is not on the caller's stream.
+void check_launch(const void* kernel, Dim3 grid, int threads, size_t shared_bytes, const void* stream);
 
 // Runs `kernel` for every thread of every block; throws std::runtime_error that says what went wrong where.
 void run(Dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel);

@@ -67,18 +67,16 @@ using cudaStream_t = void*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& settings = simt::settings();
   *value = attribute == cudaDevAttrMultiProcessorCount ? settings.multiprocessors : settings.shared_bytes;
   return cudaSuccess;
 }
 
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  simt::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -89,6 +87,8 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  simt::check_launch(reinterpret_cast<const void*>(kernel), config->gridDim, static_cast<int>(config->blockDim.x),
+                     config->dynamicSmemBytes, config->stream);
   simt::run(config->gridDim, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes,
             [&] { kernel(arguments...); });
   return cudaSuccess;
