@@ -167,7 +167,7 @@ def _site(model: nn.Module, name: str, verdicts: dict[Any, Verdict]) -> Attentio
     if kind not in verdicts:
         verdicts[kind] = _verdict(attention, projections, host, forward, is_cross)
     unproven = _unproven(name, attention, verdicts[kind])
-    if not host and projections is not None and not unproven:
+    if not host and projections is not None and not unproven and _is_known(attention):
         forward = attention_forward(projections.output)
     return AttentionSite(
         name=name,
@@ -178,6 +178,11 @@ def _site(model: nn.Module, name: str, verdicts: dict[Any, Verdict]) -> Attentio
         unproven=unproven,
         is_cross=is_cross,
     )
+
+
+def _is_known(attention: nn.Module) -> bool:
+    """Whether its class is one of transformers or of ours, which keep H nowhere; another's may, to look at it later."""
+    return base_class(attention).__module__.partition(".")[0] in ("transformers", "fast_prompt")
 
 
 def _verdict(

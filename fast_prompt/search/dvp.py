@@ -43,7 +43,7 @@ class DVPSearch(Search):
     """
 
     arm = "layer"
-    placeholders: ClassVar[dict[str, Any]] = {"layer": 0}
+    sought: ClassVar[dict[str, Any]] = {"layer": 0}
 
     config: DVPConfig
 

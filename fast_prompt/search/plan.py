@@ -100,7 +100,7 @@ class Plan:
             if not isinstance(values.get(name, {}), dict):
                 raise ValueError(f"{name}: expected a table [{name}], got {values[name]!r}")
         searched, search_class = _searched(methods, values)
-        tables_of_configs = {searched: search_class.placeholders | values[searched]}
+        tables_of_configs = {searched: search_class.sought | values[searched]}
         tables_of_configs |= {name: values[name] for name in methods if name in values and name != searched}
         return cls(
             model=base / _text("model", values["model"]),

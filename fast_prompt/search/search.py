@@ -52,7 +52,7 @@ class Search(Training, ABC):
     arm = "arm"
 
     settings_class: ClassVar[type[SearchSettings]] = SearchSettings
-    placeholders: ClassVar[dict[str, Any]] = {}  # for settings of the config that it finds but that have no default
+    sought: ClassVar[dict[str, Any]] = {}  # the config's settings that it finds, and what stands there till then
     takes_others: ClassVar[bool] = False  # whether the adapter searched for may hold other methods too
 
     settings: SearchSettings

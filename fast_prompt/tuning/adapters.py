@@ -44,10 +44,10 @@ class SiteAdapters(nn.ModuleDict):
         return self[self.active](hidden, *context, **options)
 
 
-def at_site(module: nn.Module, child: str, hidden: Tensor, *context: Tensor, **options: Any) -> Tensor:
+def at_site(module: nn.Module, child: str, hidden: Tensor, *context: Tensor) -> Tensor:
     """``hidden`` through the active one of the adapters that ``module`` keeps as ``child``; unchanged without one."""
     adapters = getattr(module, child, None)
-    return hidden if adapters is None else adapters(hidden, *context, **options)
+    return hidden if adapters is None else adapters(hidden, *context)
 
 
 def _no_op(*_: object) -> None:

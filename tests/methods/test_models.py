@@ -100,7 +100,7 @@ def test_the_result_is_written_over_the_projections_own(name, monkeypatch):
         assert torch.equal(run(adapted, inputs), written_over["output"])
     assert given and all(given)
     given.clear()
-    monkeypatch.setattr(forwards, "gives_new_result", lambda projection: False)
+    monkeypatch.setattr(forwards, "may_write_over", lambda *_: False)
     new = outcome(adapted, inputs)
     assert given and not any(given)
     assert written_over.keys() == new.keys() and all(torch.equal(new[key], written_over[key]) for key in new)
@@ -137,6 +137,41 @@ def test_a_result_that_somebody_watches_stays_as_it_is(name, watch):
     assert len(seen) == 1
     if watch is not watch_gradient:
         assert torch.equal(seen[0], projection(reads[0]))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_an_adapters_input_that_somebody_watches_stays_as_it_is(name):
+    model, inputs = build(name)
+    adapted = get_fast_prompt_model(model, APTConfig(num_prompts=3))
+    stir(adapted)
+    expected, seen = run(adapted, inputs), []
+    adapters = next(module for path, module in model.named_modules() if path.endswith(".fast_prompt"))
+    for watched in (adapters, adapters["default"]):
+        hook = watched.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[0].clone())))
+        assert torch.equal(run(adapted, inputs), expected)
+        hook.remove()
+    assert len(seen) == 2 and all(torch.equal(kept, then) for kept, then in seen)
+
+
+def test_what_an_attention_of_ones_own_keeps_stays_as_it_is():
+    """Proven by a trial call, which cannot show that it looks at its result later."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in "qkvo")
+
+        def forward(self, hidden_states):
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+            self.kept = self.o_proj(nn.functional.scaled_dot_product_attention(query, key, value))
+            return self.kept
+
+    model = nn.Sequential(Own()).eval()
+    adapted = get_fast_prompt_model(model, APTConfig(num_prompts=3, target_modules=["0"]))
+    assert not find_attention_sites(nn.Sequential(Own()), ["0"])[0].unproven
+    stir(adapted)
+    output = adapted(torch.randn(2, 5, 8))
+    assert not torch.equal(model[0].kept, output)
 
 
 def test_a_projection_that_another_tool_runs_keeps_its_result():

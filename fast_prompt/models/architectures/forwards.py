@@ -38,27 +38,35 @@ def attention_forward(projection: str) -> Replacement:
     """The forward of an attention module that returns H, alone or first in a tuple.
 
     Args:
-        projection: the path of the linear layer that gives H; empty where that is not known.
+        projection: the path of the linear layer that gives H, where the attention is known to keep that nowhere;
+            otherwise empty.
     """
 
     def forward_with_adapter(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         source = args[0] if args else next(kwargs[name] for name in SOURCES if name in kwargs)
         output = forward(self, *args, **kwargs)
         hidden, *others = output if isinstance(output, tuple) else (output,)
-        inplace = bool(projection) and gives_new_result(self.get_submodule(projection))
-        adapted = getattr(self, CHILD)(hidden, source.to(hidden.device), inplace=inplace)
+        adapters = getattr(self, CHILD)
+        inplace = bool(projection) and may_write_over(self.get_submodule(projection), adapters)
+        adapted = adapters(hidden, source.to(hidden.device), inplace=inplace)
         return (adapted, *others) if isinstance(output, tuple) else adapted
 
     return forward_with_adapter
 
 
-def gives_new_result(module: nn.Module) -> bool:
-    """Whether a module's result has no user but its caller, who may write over it: a linear layer that nobody watches.
+def may_write_over(projection: nn.Module, adapters: Any) -> bool:
+    """Whether H has no user but the adapter: a plain linear layer's result that nobody watches, there or here.
 
     Its backward pass reads its input and weight alone. Hooks, other tools' forwards, and subclasses may keep it.
     """
-    watched = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
-    return type(module) is nn.Linear and not watched and "forward" not in vars(module)
+    plain = type(projection) is nn.Linear and "forward" not in vars(projection)
+    watched = any(map(_has_hook, (projection, adapters, adapters.in_use()))) or _has_any_global_hook()
+    return plain and not watched
+
+
+def _has_hook(module: nn.Module | None) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in hooks)
 
 
 def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -67,7 +75,9 @@ def output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, inpu
 
 
 def _adapted(output: Any, heads: Tensor, source: Tensor) -> Tensor:
-    return at_site(output, CHILD, output.dense(heads), source, inplace=gives_new_result(output.dense))
+    adapters = getattr(output, CHILD, None)
+    hidden = output.dense(heads)
+    return hidden if adapters is None else adapters(hidden, source, inplace=may_write_over(output.dense, adapters))
 
 
 def normed_output_forward(self: Any, _: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
